@@ -1,0 +1,151 @@
+// The one file that sees Python. Addresses, sizes and strides come in; flashx/problem.py has checked them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/philox.h"
+#include "core/schedule.h"
+#include "cpu/cpu.h"
+
+namespace py = pybind11;
+using namespace flashx;
+
+namespace {
+
+// (address, batch stride, head stride, row stride)
+using PyView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+View view(const PyView& v) {
+  return {reinterpret_cast<void*>(std::get<0>(v)), std::get<1>(v), std::get<2>(v), std::get<3>(v)};
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+IntervalMask mask(int64_t left, int64_t right, int64_t shift) {
+  constexpr int64_t limit = IntervalMask::kUnbounded;
+  return {clamp<int64_t>(left, -limit, limit), clamp<int64_t>(right, -limit, limit),
+          clamp<int64_t>(shift, -limit, limit)};
+}
+
+const char* kind_name(TileKind kind) {
+  return kind == TileKind::Skip ? "skip" : kind == TileKind::Full ? "full" : "partial";
+}
+
+void bind_problem(py::module_& m) {
+  py::class_<Problem>(m, "Problem")
+      .def(py::init<>())
+      .def_property(
+          "dtype", [](const Problem& p) { return static_cast<int>(p.dtype); },
+          [](Problem& p, int dtype) { p.dtype = static_cast<DType>(dtype); })
+      .def_readwrite("batch", &Problem::batch)
+      .def_readwrite("q_heads", &Problem::q_heads)
+      .def_readwrite("kv_heads", &Problem::kv_heads)
+      .def_readwrite("q_len", &Problem::q_len)
+      .def_readwrite("k_len", &Problem::k_len)
+      .def_readwrite("head_dim", &Problem::head_dim)
+      .def_readwrite("value_dim", &Problem::value_dim)
+      .def_readwrite("scale", &Problem::scale)
+      .def_readwrite("softcap", &Problem::softcap)
+      .def("set_mask",
+           [](Problem& p, int64_t left, int64_t right, int64_t shift) { p.mask = mask(left, right, shift); })
+      .def("set_bias",
+           [](Problem& p, uintptr_t data, int dtype, const std::vector<int64_t>& stride,
+              const std::vector<int64_t>& size) {
+             if (stride.size() != 4 || size.size() > 4) throw std::invalid_argument("bias: 4 strides, at most 4 sizes");
+             p.bias = {pointer(data), static_cast<DType>(dtype)};
+             std::copy(stride.begin(), stride.end(), p.bias.stride);
+             std::copy(size.begin(), size.end(), p.bias.size + 4 - size.size());
+           })
+      .def("set_alibi",
+           [](Problem& p, uintptr_t data, int64_t batch_stride) {
+             p.alibi_slopes = pointer(data);
+             p.alibi_batch_stride = batch_stride;
+           })
+      .def("set_sinks", [](Problem& p, uintptr_t data) { p.sinks = pointer(data); })
+      .def("set_dropout", [](Problem& p, double dropout_p, uint64_t seed) {
+        p.dropout_p = dropout_p;
+        p.seed = seed;
+      });
+}
+
+void bind_cpu(py::module_& m) {
+  m.def("cpu_isas", &cpu_isas);
+  m.def("cpu_forward", [](const Problem& problem, const std::string& isa, int threads, const PyView& query,
+                          const PyView& key, const PyView& value, const PyView& out, uintptr_t lse) {
+    const ForwardTensors tensors{view(query), view(key), view(value), view(out), pointer(lse)};
+    const Kernels kernels = cpu_kernels(isa);
+    py::gil_scoped_release release;
+    kernels.forward(problem, tensors, threads);
+  });
+  m.def("cpu_backward", [](const Problem& problem, const std::string& isa, int threads, const PyView& query,
+                           const PyView& key, const PyView& value, const PyView& out, uintptr_t lse,
+                           const PyView& grad_out, uintptr_t grad_lse, uintptr_t delta, const PyView& grad_query,
+                           const PyView& grad_key, const PyView& grad_value, uintptr_t grad_bias) {
+    const BackwardTensors tensors{view(query),      view(key),      view(value),       view(out),
+                                  view(grad_out),   pointer(lse),   pointer(grad_lse), pointer(delta),
+                                  view(grad_query), view(grad_key), view(grad_value),  pointer(grad_bias)};
+    const Kernels kernels = cpu_kernels(isa);
+    py::gil_scoped_release release;
+    kernels.backward(problem, tensors, threads);
+  });
+}
+
+// csrc/core as it is, for the tests: the kernels' own masks, schedules and random bits.
+void bind_core(py::module_& m) {
+  py::module_ core = m.def_submodule("core", "csrc/core, for tests");
+  py::class_<IntervalMask>(core, "IntervalMask")
+      .def(py::init([](std::optional<int64_t> left, std::optional<int64_t> right, int64_t shift) {
+             return mask(left.value_or(IntervalMask::kUnbounded), right.value_or(IntervalMask::kUnbounded), shift);
+           }),
+           py::arg("left"), py::arg("right"), py::arg("shift"))
+      .def("lo", [](const IntervalMask& m, int64_t q, int64_t k_len) { return m.lo(q, k_len); })
+      .def("hi", [](const IntervalMask& m, int64_t q, int64_t k_len) { return m.hi(q, k_len); })
+      .def("kind", [](const IntervalMask& m, int64_t q_first, int64_t q_last, int64_t k_begin, int64_t k_end,
+                      int64_t k_len) { return kind_name(m.kind(q_first, q_last, k_begin, k_end, k_len)); });
+  core.def("row_schedule",
+           [](const IntervalMask& mask, int64_t k_len, int64_t q_first, int64_t q_last, int64_t tile_len) {
+             if (tile_len < 1) throw std::invalid_argument("tile_len must be >= 1, got " + std::to_string(tile_len));
+             std::vector<std::tuple<int64_t, int64_t, std::string>> tiles;
+             for (const KeyTile tile : RowSchedule(mask, k_len, q_first, q_last, tile_len)) {
+               tiles.emplace_back(tile.begin, tile.end, kind_name(tile.kind));
+             }
+             return tiles;
+           });
+  core.def("column_schedule", [](const IntervalMask& mask, int64_t q_len, int64_t k_begin, int64_t k_end) {
+    const ColumnSchedule schedule(mask, q_len, k_begin, k_end);
+    return std::make_pair(schedule.begin, schedule.end);
+  });
+  core.def("philox", [](uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
+    uint32_t words[4];
+    Philox{seed}(c0, c1, c2, words);
+    return std::array<uint32_t, 4>{words[0], words[1], words[2], words[3]};
+  });
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FLASHX_VERSION;
+  info["backends"] = std::vector<std::string>{"cpu"};
+  info["cuda_archs"] = std::vector<std::string>{};
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "flashx's compiled kernels";
+  bind_problem(m);
+  bind_cpu(m);
+  bind_core(m);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,450 @@
+// Backward by recomputation (Dao et al., "FlashAttention", section 3.1 and appendix B.4;
+// "FlashAttention-2", 3.1.2):
+//   P = exp2(logits - lse), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T
+//   Q.
+// Two sweeps, each the owner of what it writes, so that results are the same bits for any number of threads
+// and nothing longer than a tile is ever held: key tiles own dK and dV, row tiles own dQ. A third, only if
+// asked for, owns dBias.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+
+namespace flashx::FLASHX_ISA {
+
+// A row block's side of the backward and the step all three sweeps share: from Q, K, V, dO, lse and delta to
+// P and dS.
+template <typename E>
+class Gradient {
+ public:
+  using T = ComputeOf<E>;
+  static constexpr int ld = kBlockLanes<T>;
+
+  struct Rows {
+    RowBlock<T> block;
+    T* query;       // [lane][dim]
+    T* query_t;     // [dim][lane]
+    T* grad_out;    // [lane][value dim]
+    T* grad_out_t;  // [value dim][lane]
+    T lse[ld], delta[ld];
+  };
+
+  Gradient(const Problem& problem, const BackwardTensors& tensors, int row_blocks)
+      : problem(problem),
+        tensors(tensors),
+        dim(static_cast<int>(round_up(problem.head_dim, kPad<T>))),
+        value_dim(static_cast<int>(round_up(problem.value_dim, kPad<T>))),
+        arena(bytes(row_blocks)),
+        logits(problem, arena) {
+    key = arena.take<T>(kTileKeys * dim);
+    value = arena.take<T>(kTileKeys * value_dim);
+    weights = arena.take<T>(kTileKeys * ld);
+    grad_logits = arena.take<T>(kTileKeys * ld);
+    if (problem.softcap != 0) slope = arena.take<T>(kTileKeys * ld);
+    if (problem.dropout_p > 0) dropout = arena.take<T>(kTileKeys * ld);
+    rows = std::make_unique<Rows[]>(row_blocks);
+    for (int i = 0; i < row_blocks; ++i) {
+      rows[i].query = arena.take<T>(ld * dim);
+      rows[i].query_t = arena.take<T>(dim * ld);
+      rows[i].grad_out = arena.take<T>(ld * value_dim);
+      rows[i].grad_out_t = arena.take<T>(value_dim * ld);
+    }
+  }
+
+  void load_key_tile(int64_t batch, int64_t kv_head, KeyTile tile) {
+    load_tile<E>(tensors.key, batch, kv_head, tile, problem.head_dim, key, dim);
+    load_tile<E>(tensors.value, batch, kv_head, tile, problem.value_dim, value, value_dim);
+    keys_poisoned = has_nonfinite(key, (tile.end - tile.begin) * dim);
+  }
+
+  void load_row_block(const RowPacking& packing, int64_t first, int count, Rows& to) {
+    to.block.place(problem, packing, first, count);
+    const int lanes = to.block.vectors * kLanes<T>;
+    load_rows<E>(tensors.query, packing, to.block, problem.head_dim, to.query, dim);
+    load_rows<E>(tensors.grad_out, packing, to.block, problem.value_dim, to.grad_out, value_dim);
+    transpose(to.query, dim, lanes, dim, to.query_t, ld);
+    transpose(to.grad_out, value_dim, lanes, value_dim, to.grad_out_t, ld);
+    if (logits.query_sign() < 0) {
+      for (int i = 0; i < dim * ld; ++i) to.query_t[i] = -to.query_t[i];
+    }
+    for (int lane = 0; lane < ld; ++lane) {
+      const bool real = lane < count;
+      const int64_t row = first + (real ? lane : 0);
+      const int64_t at = (packing.batch * problem.q_heads + packing.head(row)) * problem.q_len + packing.query(row);
+      to.lse[lane] = real ? lse_log2(static_cast<const T*>(tensors.lse)[at]) : kInf<T>;
+      to.delta[lane] = real ? static_cast<const T*>(tensors.delta)[at] : T(0);
+    }
+  }
+
+  // weights[key][lane] = P (after dropout), grad_logits[key][lane] = d loss / d logits (before softcap's
+  // slope).
+  void operator()(const RowPacking& packing, const Rows& rows, KeyTile tile, const KeyRange& range) {
+    constexpr int n = kLanes<T>;
+    const RowBlock<T>& block = rows.block;
+    const int64_t k_begin = tile.begin + range.offset;
+    // S^T = K Q^T, dP^T = V dO^T
+    multiply<Layout::RowMajor>(range.padded, block.vectors, problem.head_dim, key + range.offset * dim, dim,
+                               rows.query_t, ld, weights, ld, false);
+    multiply<Layout::RowMajor>(range.padded, block.vectors, problem.value_dim, value + range.offset * value_dim,
+                               value_dim, rows.grad_out_t, ld, grad_logits, ld, false);
+    logits(packing, block, k_begin, range, weights, slope);
+    if (dropout) dropout_factors(problem, packing, block, k_begin, range, dropout);
+    const T factor = logits.factor();
+    for (int v = 0; v < block.vectors; ++v) {
+      const Vec<T> lse = load(rows.lse + v * n), delta = load(rows.delta + v * n);
+      for (int j = 0; j < range.padded; ++j) {
+        T* p_at = weights + j * ld + v * n;
+        T* ds_at = grad_logits + j * ld + v * n;
+        const Vec<T> logit = load(p_at);
+        Vec<T> p = exp2<T>(logit * factor - lse);
+        Vec<T> dp = load(ds_at);
+        Vec<T> dropped = p;
+        if (dropout) {
+          const Vec<T> kept = load(dropout + j * ld + v * n);
+          dp *= kept;
+          dropped *= kept;
+        }
+        // A hidden key's dP may be NaN; its dS is 0.
+        const Vec<T> ds = logit == -kInf<T> ? Vec<T>{} : p * (dp - delta);
+        store(p_at, dropped);
+        store(ds_at, ds);
+      }
+    }
+  }
+
+  // From d / d logits to d / d (scaled scores).
+  void apply_softcap_slope(const KeyRange& range) {
+    if (!slope) return;
+    for (int i = 0; i < range.padded * ld; i += kLanes<T>) {
+      const Vec<T> ds = load(grad_logits + i);
+      store(grad_logits + i, ds == 0 ? ds : ds * load(slope + i));
+    }
+  }
+
+  const Problem& problem;
+  const BackwardTensors& tensors;
+  int dim, value_dim;  // padded
+  Arena arena;
+  Logits<T> logits;
+  std::unique_ptr<Rows[]> rows;
+  bool keys_poisoned = false;
+  T* key;          // [key][dim]
+  T* value;        // [key][value dim]
+  T* weights;      // [key][lane]
+  T* grad_logits;  // [key][lane]
+  T* slope = nullptr;
+  T* dropout = nullptr;
+
+ private:
+  size_t bytes(int row_blocks) const {
+    const int64_t tile = kTileKeys * (dim + value_dim + 4 * ld);
+    // Twice the key tile: the dK, dV sweep accumulates one.
+    return (tile + kTileKeys * (dim + value_dim) + row_blocks * 3 * ld * (dim + value_dim)) * sizeof(T) +
+           Logits<T>::bytes() + (16 + 8 * row_blocks) * Arena::kAlign;
+  }
+};
+
+// Owns dK and dV of one key tile; sweeps the row blocks that see it.
+template <typename E>
+class GradKeyValue {
+  using T = ComputeOf<E>;
+  static constexpr int ld = kBlockLanes<T>;
+
+ public:
+  GradKeyValue(const Problem& problem, const BackwardTensors& tensors) : step_(problem, tensors, 1) {
+    grad_key_ = step_.arena.template take<T>(kTileKeys * step_.dim);
+    grad_value_ = step_.arena.template take<T>(kTileKeys * step_.value_dim);
+  }
+
+  void operator()(const RowPacking& packing, KeyTile tile) {
+    const Problem& problem = step_.problem;
+    std::memset(grad_key_, 0, kTileKeys * step_.dim * sizeof(T));
+    std::memset(grad_value_, 0, kTileKeys * step_.value_dim * sizeof(T));
+    step_.load_key_tile(packing.batch, packing.kv_head, tile);
+    const ColumnSchedule schedule(problem.mask, problem.q_len, tile.begin, tile.end);
+    // Row blocks start at multiples of ld from row 0: which rows share a block does not depend on the tile.
+    const int64_t end = schedule.end * packing.heads;
+    for (int64_t first = schedule.begin * packing.heads / ld * ld; first < end; first += ld) {
+      const int count = static_cast<int>(smaller<int64_t>(ld, problem.q_len * packing.heads - first));
+      accumulate(packing, tile, first, count);
+    }
+    const T scale = static_cast<T>(problem.scale);
+    for (int i = 0; i < kTileKeys * step_.dim; ++i) grad_key_[i] *= scale;
+    for (int64_t k = tile.begin; k < tile.end; ++k) {
+      const int64_t row = k - tile.begin;
+      store_row(grad_key_ + row * step_.dim, problem.head_dim,
+                step_.tensors.grad_key.template at<E>(packing.batch, packing.kv_head, k));
+      store_row(grad_value_ + row * step_.value_dim, problem.value_dim,
+                step_.tensors.grad_value.template at<E>(packing.batch, packing.kv_head, k));
+    }
+  }
+
+ private:
+  void accumulate(const RowPacking& packing, KeyTile tile, int64_t first, int count) {
+    const Problem& problem = step_.problem;
+    auto& rows = step_.rows[0];
+    const KeyRange range(problem.mask, problem.k_len, packing.query(first), packing.query(first + count - 1), tile);
+    if (range.padded == 0) return;
+    step_.load_row_block(packing, first, count, rows);
+    step_(packing, rows, tile, range);
+    const bool hides = !range.full || !step_.logits.only_intervals();
+    // dV += P^T dO, dK += dS^T Q
+    product(hides, range, count, step_.weights, rows.grad_out, step_.value_dim, grad_value_);
+    step_.apply_softcap_slope(range);
+    product(hides, range, count, step_.grad_logits, rows.query, step_.dim, grad_key_);
+  }
+
+  void product(bool hides, const KeyRange& range, int count, const T* weights, const T* values, int dim, T* acc) {
+    T* to = acc + range.offset * dim;
+    if (hides && has_nonfinite(values, count * dim)) {
+      multiply_visible<Layout::RowMajor, Weights::InA>(range.padded, dim / kLanes<T>, count, weights, ld, values, dim,
+                                                       to, dim);
+    } else {
+      multiply<Layout::RowMajor>(range.padded, dim / kLanes<T>, count, weights, ld, values, dim, to, dim, true);
+    }
+  }
+
+  Gradient<E> step_;
+  T* grad_key_;    // [key][dim]
+  T* grad_value_;  // [key][value dim]
+};
+
+// Owns dQ of one row tile; sweeps the key tiles that it sees.
+template <typename E>
+class GradQuery {
+  using T = ComputeOf<E>;
+  static constexpr int ld = kBlockLanes<T>;
+  static constexpr int kRowBlocks = 4;
+
+ public:
+  static constexpr int kRows = kRowBlocks * ld;
+
+  GradQuery(const Problem& problem, const BackwardTensors& tensors) : step_(problem, tensors, kRowBlocks) {
+    for (T*& grad : grad_query_) grad = step_.arena.template take<T>(step_.dim * ld);
+  }
+
+  void operator()(const RowPacking& packing, int64_t first, int64_t count) {
+    const Problem& problem = step_.problem;
+    const int blocks = static_cast<int>(ceil_div(count, ld));
+    for (int i = 0; i < blocks; ++i) {
+      const int rows = static_cast<int>(smaller<int64_t>(ld, count - i * ld));
+      step_.load_row_block(packing, first + i * ld, rows, step_.rows[i]);
+      std::memset(grad_query_[i], 0, step_.dim * ld * sizeof(T));
+    }
+    const RowSchedule schedule(problem.mask, problem.k_len, packing.query(first), packing.query(first + count - 1),
+                               kTileKeys);
+    for (const KeyTile tile : schedule) {
+      step_.load_key_tile(packing.batch, packing.kv_head, tile);
+      for (int i = 0; i < blocks; ++i) accumulate(packing, tile, i);
+    }
+    T factor[ld];
+    for (T& f : factor) f = static_cast<T>(problem.scale);
+    for (int i = 0; i < blocks; ++i) {
+      store_rows<E>(grad_query_[i], factor, packing, step_.rows[i].block, problem.head_dim, step_.dim,
+                    step_.rows[i].query, step_.tensors.grad_query);
+    }
+  }
+
+ private:
+  void accumulate(const RowPacking& packing, KeyTile tile, int i) {
+    const auto& rows = step_.rows[i];
+    const RowBlock<T>& block = rows.block;
+    const KeyRange range(step_.problem.mask, step_.problem.k_len, block.q_first, block.q_last, tile);
+    if (range.padded == 0) return;
+    step_(packing, rows, tile, range);
+    step_.apply_softcap_slope(range);
+    const T* key = step_.key + range.offset * step_.dim;
+    // dQ^T += K^T dS^T
+    if (step_.keys_poisoned && (!range.full || !step_.logits.only_intervals())) {
+      multiply_visible<Layout::ColumnMajor, Weights::InB>(step_.dim, block.vectors, range.count, key, step_.dim,
+                                                          step_.grad_logits, ld, grad_query_[i], ld);
+    } else {
+      multiply<Layout::ColumnMajor>(step_.dim, block.vectors, range.count, key, step_.dim, step_.grad_logits, ld,
+                                    grad_query_[i], ld, true);
+    }
+  }
+
+  Gradient<E> step_;
+  T* grad_query_[kRowBlocks];  // [dim][lane]
+};
+
+// Owns a tile of dBias: the sum of dS over everything the bias broadcasts over. Heads are not packed here, so
+// that lanes are consecutive queries.
+template <typename E>
+class GradBias {
+  using T = ComputeOf<E>;
+  static constexpr int ld = kBlockLanes<T>;
+
+ public:
+  GradBias(const Problem& problem, const BackwardTensors& tensors)
+      : step_(problem, tensors, 1), sum_(step_.arena.template take<T>(kTileKeys * ld)) {}
+
+  static int64_t tasks(const Problem& problem) {
+    const int64_t* size = problem.bias.size;
+    return size[0] * size[1] * ceil_div(size[2], ld) * ceil_div(size[3], kTileKeys);
+  }
+
+  void operator()(int64_t task) {
+    const Problem& problem = step_.problem;
+    const int64_t* size = problem.bias.size;
+    const int64_t key_tiles = ceil_div(size[3], kTileKeys), row_blocks = ceil_div(size[2], ld);
+    const Owned keys = owned(task % key_tiles, kTileKeys, size[3], problem.k_len);
+    task /= key_tiles;
+    const Owned rows = owned(task % row_blocks, ld, size[2], problem.q_len);
+    task /= row_blocks;
+    const Owned heads = owned(task % size[1], 1, size[1], problem.q_heads);
+    const Owned batches = owned(task / size[1], 1, size[0], problem.batch);
+    std::memset(sum_, 0, kTileKeys * ld * sizeof(T));
+    for (int64_t b = batches.begin; b < batches.end; ++b) {
+      for (int64_t h = heads.begin; h < heads.end; ++h) {
+        const RowPacking packing{b, h, 1, h / problem.group()};
+        for (int64_t row = rows.begin; row < rows.end; row += ld) {
+          const int count = static_cast<int>(smaller<int64_t>(ld, rows.end - row));
+          step_.load_row_block(packing, row, count, step_.rows[0]);
+          for (int64_t k = keys.begin; k < keys.end; k += kTileKeys) accumulate(packing, k);
+        }
+      }
+    }
+    write(batches, heads, rows, keys);
+  }
+
+ private:
+  struct Owned {
+    int64_t begin, end;  // what is summed over or spanned, in the problem
+    bool broadcast;
+  };
+
+  static Owned owned(int64_t index, int64_t step, int64_t size, int64_t full) {
+    if (size == 1) return {0, full, true};
+    return {index * step, smaller(index * step + step, full), false};
+  }
+
+  void accumulate(const RowPacking& packing, int64_t k_begin) {
+    const Problem& problem = step_.problem;
+    const auto& rows = step_.rows[0];
+    const KeyTile tile{k_begin, smaller(k_begin + kTileKeys, problem.k_len), TileKind::Partial};
+    const KeyRange range(problem.mask, problem.k_len, rows.block.q_first, rows.block.q_last, tile);
+    if (range.padded == 0) return;
+    step_.load_key_tile(packing.batch, packing.kv_head, tile);
+    step_(packing, rows, tile, range);
+    for (int j = 0; j < range.count; ++j) {
+      for (int v = 0; v < rows.block.vectors; ++v) {
+        T* to = sum_ + (range.offset + j) * ld + v * kLanes<T>;
+        store(to, load(to) + load(step_.grad_logits + j * ld + v * kLanes<T>));
+      }
+    }
+  }
+
+  // sum_[key][lane], summed over the broadcast ones of the two, into the contiguous gradient.
+  void write(Owned batches, Owned heads, Owned rows, Owned keys) {
+    const Problem& problem = step_.problem;
+    const int64_t* size = problem.bias.size;
+    const int row_count = static_cast<int>(smaller<int64_t>(ld, rows.end - rows.begin));
+    const int key_count = static_cast<int>(smaller<int64_t>(kTileKeys, keys.end - keys.begin));
+    const int out_rows = rows.broadcast ? 1 : row_count, out_keys = keys.broadcast ? 1 : key_count;
+    const int64_t batch = batches.broadcast ? 0 : batches.begin, head = heads.broadcast ? 0 : heads.begin;
+    for (int i = 0; i < out_rows; ++i) {
+      for (int j = 0; j < out_keys; ++j) {
+        T total = 0;
+        for (int r = i; r < (rows.broadcast ? row_count : i + 1); ++r) {
+          for (int k = j; k < (keys.broadcast ? key_count : j + 1); ++k) total += sum_[k * ld + r];
+        }
+        const int64_t row = rows.broadcast ? 0 : rows.begin + i, key = keys.broadcast ? 0 : keys.begin + j;
+        const int64_t at = ((batch * size[1] + head) * size[2] + row) * size[3] + key;
+        void* grad = step_.tensors.grad_bias;
+        switch (problem.bias.dtype) {
+          case DType::Float32:
+            static_cast<float*>(grad)[at] = static_cast<float>(total);
+            break;
+          case DType::Float64:
+            static_cast<double*>(grad)[at] = static_cast<double>(total);
+            break;
+          case DType::Float16:
+            store_one(total, static_cast<Half*>(grad) + at);
+            break;
+          case DType::BFloat16:
+            store_one(total, static_cast<BFloat16*>(grad) + at);
+            break;
+          case DType::Bool:
+            break;
+        }
+      }
+    }
+  }
+
+  template <typename S>
+  static void store_one(T value, S* to) {
+    const float narrow = static_cast<float>(value);
+    store_row(&narrow, 1, to);
+  }
+
+  Gradient<E> step_;
+  T* sum_;  // [key][lane]
+};
+
+// delta = rowsum(dO * O) - dlse: how far a row's gradient moves with its normaliser.
+template <typename E>
+void compute_delta(const Problem& problem, const BackwardTensors& tensors, int threads) {
+  using T = ComputeOf<E>;
+  struct Row {
+    Row(const Problem& problem, const BackwardTensors&)
+        : length(round_up(problem.value_dim, kLanes<T>)), arena(bytes()) {
+      out = arena.take<T>(length), grad = arena.take<T>(length);
+    }
+    size_t bytes() const { return 2 * round_up(length * sizeof(T), Arena::kAlign); }
+    int64_t length;
+    Arena arena;
+    T *out, *grad;
+  };
+  constexpr int64_t kRowsPerTask = 64;
+  const int64_t row_tasks = ceil_div(problem.q_len, kRowsPerTask);
+  const int64_t heads = problem.batch * problem.q_heads;
+  parallel<Row>(threads, heads * row_tasks, problem, tensors, [&](Row& row, int64_t task) {
+    const int64_t b = task / row_tasks / problem.q_heads, h = task / row_tasks % problem.q_heads;
+    const int64_t first = task % row_tasks * kRowsPerTask;
+    for (int64_t i = first; i < smaller(first + kRowsPerTask, problem.q_len); ++i) {
+      load_row(tensors.out.at<E>(b, h, i), problem.value_dim, row.out);
+      load_row(tensors.grad_out.at<E>(b, h, i), problem.value_dim, row.grad);
+      Vec<T> sum = {};
+      for (int64_t d = 0; d < row.length; d += kLanes<T>) sum += load(row.out + d) * load(row.grad + d);
+      T total = 0;
+      for (int lane = 0; lane < kLanes<T>; ++lane) total += sum[lane];
+      const int64_t at = (b * problem.q_heads + h) * problem.q_len + i;
+      if (tensors.grad_lse) total -= static_cast<const T*>(tensors.grad_lse)[at];
+      static_cast<T*>(tensors.delta)[at] = total;
+    }
+  });
+}
+
+template <typename E>
+void backward(const Problem& problem, const BackwardTensors& tensors, int threads) {
+  compute_delta<E>(problem, tensors, threads);
+  const int64_t heads = problem.batch * problem.kv_heads, group = problem.group();
+  const auto packing = [&](int64_t head) {
+    const int64_t kv_head = head % problem.kv_heads;
+    return RowPacking{head / problem.kv_heads, kv_head * group, group, kv_head};
+  };
+
+  // First key tiles first, last row tiles first: under a causal mask they are the longest.
+  parallel<GradKeyValue<E>>(threads, ceil_div(problem.k_len, kTileKeys) * heads, problem, tensors,
+                            [&](GradKeyValue<E>& kernel, int64_t task) {
+                              const int64_t begin = task / heads * kTileKeys;
+                              const int64_t end = smaller<int64_t>(begin + kTileKeys, problem.k_len);
+                              kernel(packing(task % heads), {begin, end, TileKind::Partial});
+                            });
+
+  const int64_t rows = problem.q_len * group;
+  const int64_t row_tiles = ceil_div(rows, GradQuery<E>::kRows);
+  parallel<GradQuery<E>>(threads, row_tiles * heads, problem, tensors, [&](GradQuery<E>& kernel, int64_t task) {
+    const int64_t first = (row_tiles - 1 - task / heads) * GradQuery<E>::kRows;
+    kernel(packing(task % heads), first, smaller<int64_t>(GradQuery<E>::kRows, rows - first));
+  });
+
+  if (tensors.grad_bias) {
+    parallel<GradBias<E>>(threads, GradBias<E>::tasks(problem), problem, tensors,
+                          [&](GradBias<E>& kernel, int64_t task) { kernel(task); });
+  }
+}
+
+}  // namespace flashx::FLASHX_ISA

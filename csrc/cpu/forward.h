@@ -1,0 +1,199 @@
+// Forward: tiled exact attention. Loop order: row tiles in parallel, key tiles inside, row blocks innermost.
+// Data movement: a row tile's Q and O stay in the L2 cache; each visible key tile is read once per row tile,
+// so K and V are read ceil(rows / kRowBlocks / kBlockLanes) times, Q and O once. Nothing of size Lq x Lk
+// exists.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+
+namespace flashx::FLASHX_ISA {
+
+template <typename E>
+class Forward {
+  using T = ComputeOf<E>;
+  static constexpr int kRowBlocks = 4;
+  static constexpr int ld = kBlockLanes<T>;
+
+ public:
+  static constexpr int kRows = kRowBlocks * ld;
+
+  Forward(const Problem& problem, const ForwardTensors& tensors)
+      : problem_(problem),
+        tensors_(tensors),
+        dim_(static_cast<int>(round_up(problem.head_dim, kPad<T>))),
+        value_dim_(static_cast<int>(round_up(problem.value_dim, kPad<T>))),
+        arena_(bytes()),
+        logits_(problem, arena_) {
+    key_ = arena_.take<T>(kTileKeys * dim_);
+    value_ = arena_.take<T>(kTileKeys * value_dim_);
+    scores_ = arena_.take<T>(kTileKeys * ld);
+    scratch_ = arena_.take<T>(ld * larger(dim_, value_dim_));
+    if (problem.dropout_p > 0) dropout_ = arena_.take<T>(kTileKeys * ld);
+    for (State& state : states_) {
+      state.query = arena_.take<T>(dim_ * ld);
+      state.acc = arena_.take<T>(value_dim_ * ld);
+    }
+  }
+
+  // Rows [first, first + count) of the packed rows, count <= kRows.
+  void operator()(const RowPacking& packing, int64_t first, int64_t count) {
+    const int blocks = begin(packing, first, count);
+    const RowSchedule schedule(problem_.mask, problem_.k_len, packing.query(first), packing.query(first + count - 1),
+                               kTileKeys);
+    for (const KeyTile tile : schedule) {
+      load_tile<E>(tensors_.key, packing.batch, packing.kv_head, tile, problem_.head_dim, key_, dim_);
+      load_tile<E>(tensors_.value, packing.batch, packing.kv_head, tile, problem_.value_dim, value_, value_dim_);
+      const bool hides = tile.kind != TileKind::Full || !logits_.only_intervals();
+      const bool poisoned = hides && has_nonfinite(value_, (tile.end - tile.begin) * value_dim_);
+      for (int i = 0; i < blocks; ++i) {
+        State& state = states_[i];
+        const RowBlock<T>& block = state.block;
+        const KeyRange range(problem_.mask, problem_.k_len, block.q_first, block.q_last, tile);
+        if (range.padded == 0) continue;
+        const T* value = value_ + range.offset * value_dim_;
+        // S^T = K Q^T
+        multiply<Layout::RowMajor>(range.padded, block.vectors, problem_.head_dim, key_ + range.offset * dim_, dim_,
+                                   state.query, ld, scores_, ld, false);
+        logits_(packing, block, tile.begin + range.offset, range, scores_, nullptr);
+        update(state, range.padded);
+        if (dropout_) drop(packing, block, tile.begin + range.offset, range);
+        // O^T += V^T P^T
+        if (poisoned) {
+          multiply_visible<Layout::ColumnMajor, Weights::InB>(value_dim_, block.vectors, range.count, value, value_dim_,
+                                                              scores_, ld, state.acc, ld);
+        } else {
+          multiply<Layout::ColumnMajor>(value_dim_, block.vectors, range.count, value, value_dim_, scores_, ld,
+                                        state.acc, ld, true);
+        }
+      }
+    }
+    for (int i = 0; i < blocks; ++i) finish(packing, states_[i]);
+  }
+
+ private:
+  // A row block's online softmax: transposed queries and output, running max (log2 units) and running sum.
+  struct State {
+    RowBlock<T> block;
+    T* query;
+    T* acc;
+    alignas(64) T max[ld];
+    alignas(64) T sum[ld];
+  };
+
+  size_t bytes() const {
+    const size_t tile = kTileKeys * (dim_ + value_dim_ + 2 * ld) + ld * larger(dim_, value_dim_);
+    return (tile + kRowBlocks * ld * (dim_ + value_dim_)) * sizeof(T) + Logits<T>::bytes() + 16 * Arena::kAlign;
+  }
+
+  // Loads the queries and resets the states; returns the number of row blocks, evenly filled.
+  int begin(const RowPacking& packing, int64_t first, int64_t count) {
+    const int vectors = static_cast<int>(ceil_div(count, kLanes<T>));
+    const int blocks = static_cast<int>(ceil_div(vectors, kBlockVectors));
+    const int share = static_cast<int>(ceil_div(vectors, blocks)) * kLanes<T>;
+    for (int i = 0; i < blocks; ++i) {
+      State& state = states_[i];
+      const int64_t row = first + i * share;
+      state.block.place(problem_, packing, row, static_cast<int>(smaller<int64_t>(share, first + count - row)));
+      load_rows<E>(tensors_.query, packing, state.block, problem_.head_dim, scratch_, dim_);
+      if (logits_.query_sign() < 0) {
+        for (int d = 0; d < state.block.count * dim_; ++d) scratch_[d] = -scratch_[d];
+      }
+      transpose(scratch_, dim_, state.block.vectors * kLanes<T>, dim_, state.query, ld);
+      std::memset(state.acc, 0, value_dim_ * ld * sizeof(T));
+      for (int lane = 0; lane < ld; ++lane) {
+        // The sink is one more key, with value 0, seen before all others.
+        const bool sink = problem_.sinks && lane < state.block.count;
+        state.max[lane] =
+            sink ? static_cast<const T*>(problem_.sinks)[packing.head(row + lane)] * static_cast<T>(kLog2e) : -kInf<T>;
+        state.sum[lane] = sink ? T(1) : T(0);
+      }
+    }
+    return blocks;
+  }
+
+  // P^T = exp2(logits - max), in place; the accumulator is rescaled where the max moved.
+  void update(State& state, int keys) {
+    constexpr int n = kLanes<T>;
+    const T factor = logits_.factor();
+    for (int v = 0; v < state.block.vectors; ++v) {
+      T* scores = scores_ + v * n;
+      Vec<T> top[4] = {broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>)};
+      for (int j = 0; j < keys; j += 4) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) top[u] = max(top[u], load(scores + (j + u) * ld));
+      }
+      const Vec<T> old_max = load(state.max + v * n);
+      const Vec<T> new_max = max(old_max, max(max(top[0], top[1]), max(top[2], top[3])) * factor);
+      // A row that has seen nothing yet subtracts 0, not -inf.
+      const Vec<T> shift = new_max == -kInf<T> ? Vec<T>{} : new_max;
+      const Vec<T> rescale = exp2<T>(old_max - shift);
+      Vec<T> sum[4] = {};
+      for (int j = 0; j < keys; j += 4) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) {
+          const Vec<T> p = exp2<T>(load(scores + (j + u) * ld) * factor - shift);
+          sum[u] += p;
+          store(scores + (j + u) * ld, p);
+        }
+      }
+      store(state.sum + v * n, load(state.sum + v * n) * rescale + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      store(state.max + v * n, new_max);
+      if (any(rescale != 1)) {
+        for (int d = 0; d < value_dim_; ++d) {
+          T* acc = state.acc + d * ld + v * n;
+          store(acc, load(acc) * rescale);
+        }
+      }
+    }
+  }
+
+  void drop(const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin, const KeyRange& range) {
+    dropout_factors(problem_, packing, block, k_begin, range, dropout_);
+    for (int i = 0; i < range.padded * ld; i += kLanes<T>) {
+      store(scores_ + i, load(scores_ + i) * load(dropout_ + i));
+    }
+  }
+
+  void finish(const RowPacking& packing, State& state) {
+    T out_scale[ld];
+    for (int lane = 0; lane < state.block.count; ++lane) {
+      const RowResult<T> result = RowResult<T>::from(state.max[lane], state.sum[lane]);
+      const int64_t row = state.block.first + lane;
+      const int64_t head = packing.batch * problem_.q_heads + packing.head(row);
+      static_cast<T*>(tensors_.lse)[head * problem_.q_len + packing.query(row)] = result.lse;
+      out_scale[lane] = result.out_scale;
+    }
+    store_rows<E>(state.acc, out_scale, packing, state.block, problem_.value_dim, value_dim_, scratch_, tensors_.out);
+  }
+
+  const Problem& problem_;
+  const ForwardTensors& tensors_;
+  int dim_, value_dim_;  // padded
+  Arena arena_;
+  Logits<T> logits_;
+  State states_[kRowBlocks];
+  T* key_;      // [key][dim]
+  T* value_;    // [key][value dim]
+  T* scores_;   // [key][lane]: S^T, then P^T
+  T* scratch_;  // [lane][dim]
+  T* dropout_ = nullptr;
+};
+
+template <typename E>
+void forward(const Problem& problem, const ForwardTensors& tensors, int threads) {
+  const int64_t rows = problem.q_len * problem.group();
+  const int64_t row_tiles = ceil_div(rows, Forward<E>::kRows);
+  const int64_t heads = problem.batch * problem.kv_heads;
+  // Last row tiles first: under a causal mask they are the longest.
+  parallel<Forward<E>>(threads, row_tiles * heads, problem, tensors, [&](Forward<E>& kernel, int64_t task) {
+    const int64_t first = (row_tiles - 1 - task / heads) * Forward<E>::kRows;
+    const int64_t head = task % heads;
+    const int64_t kv_head = head % problem.kv_heads;
+    kernel({head / problem.kv_heads, kv_head * problem.group(), problem.group(), kv_head}, first,
+           smaller<int64_t>(Forward<E>::kRows, rows - first));
+  });
+}
+
+}  // namespace flashx::FLASHX_ISA

@@ -1,0 +1,325 @@
+// Tiles on their way between tensors and registers: packed query rows, key tiles, and the logits of a tile.
+//
+// Scores are kept transposed, S^T[key][row]: query rows are vector lanes. Running max, running sum and
+// rescaling are then plain vector operations, K and V are read as they lie, and only Q is transposed, once
+// per row block.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "core/philox.h"
+#include "core/problem.h"
+#include "core/schedule.h"
+#include "core/softmax.h"
+#include "cpu/gemm.h"
+#include "cpu/math.h"
+
+namespace flashx::FLASHX_ISA {
+
+// Rows of a row block: the lanes of one register block.
+template <typename T>
+constexpr int kBlockLanes = kBlockVectors * kLanes<T>;
+
+// Keys of a key tile: with 4 row blocks and head dim 128, tiles of Q, K, V and O fill half of a 1 MiB L2
+// cache.
+constexpr int kTileKeys = 128;
+
+// Leading dimensions are padded to this, with zeros, so that every product has whole blocks.
+template <typename T>
+constexpr int kPad = kLanes<T> > kBlockRows ? kLanes<T> : kBlockRows;
+
+// One thread's memory, all of it: carved into tiles, freed with the thread's work.
+class Arena {
+ public:
+  static constexpr size_t kAlign = 64;
+
+  explicit Arena(size_t bytes)
+      : data_(static_cast<char*>(::operator new(bytes, std::align_val_t{kAlign}))), left_(bytes) {
+    std::memset(data_, 0, bytes);
+    next_ = data_;
+  }
+  ~Arena() { ::operator delete(data_, std::align_val_t{kAlign}); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // Zeroed memory for `count` elements.
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t bytes = round_up(count * sizeof(T), kAlign);
+    if (bytes > left_) throw std::bad_alloc();
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += bytes, left_ -= bytes;
+    return p;
+  }
+
+ private:
+  char* data_;
+  char* next_;
+  size_t left_;
+};
+
+// Row packing: packed row r is query r / heads of head first_head + r % heads. The heads of a group (GQA)
+// thereby share the key tiles they read, and rows keep the order of their positions, which is what schedules
+// need.
+struct RowPacking {
+  int64_t batch, first_head, heads, kv_head;
+
+  FLASHX_CORE int64_t query(int64_t row) const { return row / heads; }
+  FLASHX_CORE int64_t head(int64_t row) const { return first_head + row % heads; }
+};
+
+// Up to kBlockLanes packed rows and what their positions mean.
+template <typename T>
+struct RowBlock {
+  int64_t first;  // packed row of lane 0
+  int count, vectors;
+  int64_t q_first, q_last;
+  int64_t lo[kBlockLanes<T>], hi[kBlockLanes<T>];  // visible keys of each lane; none for lanes past count
+  int64_t diagonal[kBlockLanes<T>];                // key at distance 0
+  T slope[kBlockLanes<T>];                         // ALiBi
+
+  void place(const Problem& problem, const RowPacking& packing, int64_t first_row, int rows) {
+    first = first_row, count = rows;
+    vectors = static_cast<int>(ceil_div(rows, kLanes<T>));
+    q_first = packing.query(first), q_last = packing.query(first + rows - 1);
+    for (int lane = 0; lane < kBlockLanes<T>; ++lane) {
+      const int64_t q = packing.query(first + lane);
+      const bool real = lane < count;
+      lo[lane] = real ? problem.mask.lo(q, problem.k_len) : 0;
+      hi[lane] = real ? problem.mask.hi(q, problem.k_len) : 0;
+      diagonal[lane] = q + problem.mask.shift;
+      if (problem.alibi_slopes && real) {
+        const T* slopes = static_cast<const T*>(problem.alibi_slopes) + packing.batch * problem.alibi_batch_stride;
+        slope[lane] = slopes[packing.head(first + lane)];
+      } else {
+        slope[lane] = 0;
+      }
+    }
+  }
+};
+
+// The part of a key tile that a row block sees: keys [begin, end) of which [begin, begin + padded) are
+// computed.
+struct KeyRange {
+  int offset;  // of begin in the tile
+  int count;   // keys that exist
+  int padded;  // a multiple of kBlockRows
+  bool full;   // every row sees every computed key
+
+  KeyRange(const IntervalMask& mask, int64_t k_len, int64_t q_first, int64_t q_last, KeyTile tile) {
+    const int64_t lo = larger(mask.lo(q_first, k_len), tile.begin);
+    const int64_t hi = smaller(mask.hi(q_last, k_len), tile.end);
+    offset = static_cast<int>((lo - tile.begin) / kBlockRows * kBlockRows);
+    padded = hi > lo ? static_cast<int>(round_up(hi - tile.begin - offset, kBlockRows)) : 0;
+    count = static_cast<int>(smaller<int64_t>(padded, tile.end - tile.begin - offset));
+    const int64_t begin = tile.begin + offset;
+    full = mask.kind(q_first, q_last, begin, begin + padded, k_len) == TileKind::Full;
+  }
+};
+
+// Rows of (batch, head, length, dim) tensors that a block packs, as T, row-major; lanes past count are zero.
+template <typename E, typename T>
+void load_rows(const View& view, const RowPacking& packing, const RowBlock<T>& block, int dim, T* to, int64_t ld) {
+  for (int lane = 0; lane < block.count; ++lane) {
+    const int64_t row = block.first + lane;
+    load_row(view.at<E>(packing.batch, packing.head(row), packing.query(row)), dim, to + lane * ld);
+  }
+  for (int lane = block.count; lane < block.vectors * kLanes<T>; ++lane) std::memset(to + lane * ld, 0, ld * sizeof(T));
+}
+
+// The transposed tile [dim][lane], times a factor per lane, back into the tensor.
+template <typename E, typename T>
+void store_rows(const T* from, const T* factor, const RowPacking& packing, const RowBlock<T>& block, int dim,
+                int64_t ld, T* scratch, const View& view) {
+  transpose(from, kBlockLanes<T>, static_cast<int>(ld), block.vectors * kLanes<T>, scratch, ld);
+  for (int lane = 0; lane < block.count; ++lane) {
+    T* row = scratch + lane * ld;
+    for (int d = 0; d < ld; d += kLanes<T>) store(row + d, load(row + d) * factor[lane]);
+    const int64_t packed = block.first + lane;
+    store_row(row, dim, view.at<E>(packing.batch, packing.head(packed), packing.query(packed)));
+  }
+}
+
+// Keys or values [tile.begin, tile.end) as T, row-major. Rows past tile.end keep whatever finite or hidden
+// rest they hold.
+template <typename E, typename T>
+void load_tile(const View& view, int64_t batch, int64_t kv_head, KeyTile tile, int dim, T* to, int64_t ld) {
+  for (int64_t k = tile.begin; k < tile.end; ++k)
+    load_row(view.at<E>(batch, kv_head, k), dim, to + (k - tile.begin) * ld);
+}
+
+// True if any of the elements is NaN or inf.
+template <typename T>
+bool has_nonfinite(const T* from, int64_t count) {
+  Mask<T> found = {};
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> v = load(from + i);
+    found |= (v - v) != 0;  // NaN for NaN and inf
+  }
+  return any(found);
+}
+
+// Turns raw scores S^T into logits in log2 units, hidden ones -inf: scale, softcap, ALiBi, bias, masks.
+template <typename T>
+class Logits {
+ public:
+  Logits(const Problem& problem, Arena& arena) : problem_(problem) {
+    plain_ = !problem.bias.data && problem.softcap == 0 && !problem.alibi_slopes && problem.scale != 0;
+    if (problem.bias.data) {
+      bias_ = arena.take<T>(kTileKeys * kBlockLanes<T>);
+      bias_rows_ = arena.take<T>(kBlockLanes<T> * kTileKeys);
+    }
+  }
+  static size_t bytes() { return 2 * kTileKeys * kBlockLanes<T> * sizeof(T) + 2 * Arena::kAlign; }
+
+  // True if the scores are hidden by nothing but intervals: logits are then factor() times the scores.
+  bool plain() const { return plain_; }
+  // True if only the interval mask hides: a full KeyRange then has no hidden element.
+  bool only_intervals() const { return !problem_.bias.data; }
+
+  // What the scores must still be multiplied with to be logits in log2 units. Q is negated for a negative
+  // scale, so that the largest score is the largest logit.
+  T factor() const { return plain_ ? static_cast<T>(magnitude() * kLog2e) : T(1); }
+  T query_sign() const { return problem_.scale < 0 ? T(-1) : T(1); }
+
+  // slope, if given, receives d(softcapped score) / d(scaled score).
+  void operator()(const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin, const KeyRange& range,
+                  T* scores, T* slope) {
+    constexpr int n = kLanes<T>, ld = kBlockLanes<T>;
+    if (!plain_) {
+      if (problem_.bias.data) load_bias(packing, block, k_begin, range);
+      const T scale = static_cast<T>(magnitude());
+      const T cap = static_cast<T>(problem_.softcap), inverse_cap = cap == 0 ? T(0) : 1 / cap;
+      for (int v = 0; v < block.vectors; ++v) {
+        Vec<T> distance, alibi = load(block.slope + v * n);
+        for (int i = 0; i < n; ++i) distance[i] = static_cast<T>(block.diagonal[v * n + i] - k_begin);
+        for (int j = 0; j < range.padded; ++j) {
+          T* at = scores + j * ld + v * n;
+          Vec<T> x = load(at) * scale;
+          if (cap != 0) {
+            const Vec<T> t = tanh(x * inverse_cap);
+            x = cap * t;
+            if (slope) store(slope + j * ld + v * n, 1 - t * t);
+          }
+          if (problem_.alibi_slopes) {
+            const Vec<T> d = distance - static_cast<T>(j);
+            x -= alibi * (d < 0 ? -d : d);
+          }
+          if (problem_.bias.data) {
+            const Vec<T> bias = load(bias_ + j * ld + v * n);
+            x = bias == -kInf<T> ? bias : x + bias;
+          }
+          store(at, x * static_cast<T>(kLog2e));
+        }
+      }
+    }
+    if (!range.full) hide(block, k_begin, range, scores);
+  }
+
+ private:
+  double magnitude() const { return problem_.scale < 0 ? -problem_.scale : problem_.scale; }
+
+  void hide(const RowBlock<T>& block, int64_t k_begin, const KeyRange& range, T* scores) const {
+    constexpr int n = kLanes<T>;
+    for (int v = 0; v < block.vectors; ++v) {
+      Mask<T> lo, hi;
+      for (int i = 0; i < n; ++i) {
+        lo[i] = static_cast<IntOf<T>>(clamp<int64_t>(block.lo[v * n + i] - k_begin, 0, range.padded));
+        hi[i] = static_cast<IntOf<T>>(clamp<int64_t>(block.hi[v * n + i] - k_begin, 0, range.padded));
+      }
+      for (int j = 0; j < range.padded; ++j) {
+        T* at = scores + j * kBlockLanes<T> + v * n;
+        const Mask<T> key = Mask<T>{} + static_cast<IntOf<T>>(j);
+        store(at, (key >= lo) & (key < hi) ? load(at) : broadcast(-kInf<T>));
+      }
+    }
+  }
+
+  // bias_[key][lane]. Rows are read along the keys and transposed; one row serves all lanes where it
+  // broadcasts.
+  void load_bias(const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin, const KeyRange& range) {
+    constexpr int n = kLanes<T>, ld = kBlockLanes<T>;
+    const Bias& bias = problem_.bias;
+    const bool one_row = bias.stride[2] == 0 && (packing.heads == 1 || bias.stride[1] == 0);
+    const int rows = one_row ? 1 : block.count;
+    for (int lane = 0; lane < rows; ++lane) {
+      const int64_t row = block.first + lane;
+      const int64_t start = packing.batch * bias.stride[0] + packing.head(row) * bias.stride[1] +
+                            packing.query(row) * bias.stride[2] + k_begin * bias.stride[3];
+      T* to = bias_rows_ + lane * kTileKeys;
+      switch (bias.dtype) {
+        case DType::Float32:
+          load_bias_row<float>(start, range.count, to);
+          break;
+        case DType::Float64:
+          load_bias_row<double>(start, range.count, to);
+          break;
+        case DType::Float16:
+          load_bias_row<Half>(start, range.count, to);
+          break;
+        case DType::BFloat16:
+          load_bias_row<BFloat16>(start, range.count, to);
+          break;
+        case DType::Bool:
+          load_bias_row<bool>(start, range.count, to);
+          break;
+      }
+    }
+    if (one_row) {
+      for (int j = 0; j < range.padded; ++j) {
+        for (int v = 0; v < block.vectors; ++v) store(bias_ + j * ld + v * n, broadcast(bias_rows_[j]));
+      }
+    } else {
+      transpose(bias_rows_, kTileKeys, block.vectors * n, static_cast<int>(round_up(range.padded, n)), bias_, ld);
+    }
+  }
+
+  template <typename E>
+  void load_bias_row(int64_t start, int count, T* to) const {
+    const int64_t stride = problem_.bias.stride[3];
+    const E* from = static_cast<const E*>(problem_.bias.data) + start;
+    E gathered[kTileKeys];
+    if (stride != 1) {
+      for (int j = 0; j < count; ++j) gathered[j] = from[j * stride];
+      from = gathered;
+    }
+    if constexpr (std::is_same_v<E, bool>) {
+      for (int j = 0; j < count; ++j) to[j] = from[j] ? T(0) : -kInf<T>;
+    } else if constexpr (std::is_same_v<ComputeOf<E>, T>) {
+      load_row(from, count, to);
+    } else if constexpr (std::is_floating_point_v<E>) {
+      for (int j = 0; j < count; ++j) to[j] = static_cast<T>(from[j]);
+    }
+  }
+
+  const Problem& problem_;
+  bool plain_;
+  T* bias_ = nullptr;
+  T* bias_rows_ = nullptr;
+};
+
+// Dropout's factors for the weights of a tile: factor[key][lane] is 0 or 1 / (1 - p).
+template <typename T>
+void dropout_factors(const Problem& problem, const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin,
+                     const KeyRange& range, T* factor) {
+  const Philox philox(problem.seed);
+  const uint64_t threshold = dropout_threshold(problem.dropout_p);
+  const T kept = problem.dropout_p < 1 ? static_cast<T>(1 / (1 - problem.dropout_p)) : T(0);
+  for (int64_t four = k_begin / 4; four * 4 < k_begin + range.count; ++four) {
+    for (int lane = 0; lane < block.count; ++lane) {
+      const int64_t row = block.first + lane;
+      const int64_t head = packing.batch * problem.q_heads + packing.head(row);
+      uint32_t words[4];
+      philox(static_cast<uint32_t>(four), static_cast<uint32_t>(packing.query(row)), static_cast<uint32_t>(head),
+             words);
+      for (int i = 0; i < 4; ++i) {
+        const int64_t j = four * 4 + i - k_begin;
+        if (j >= 0 && j < range.padded) factor[j * kBlockLanes<T> + lane] = words[i] >= threshold ? kept : T(0);
+      }
+    }
+  }
+}
+
+}  // namespace flashx::FLASHX_ISA

@@ -1,0 +1,71 @@
+"""csrc/bindings/module.cpp."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_View = tuple[int, int, int, int]
+
+class Problem:
+    dtype: int
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float
+    def set_mask(self, left: int, right: int, shift: int) -> None: ...
+    def set_bias(self, data: int, dtype: int, stride: Sequence[int], size: Sequence[int]) -> None: ...
+    def set_alibi(self, data: int, batch_stride: int) -> None: ...
+    def set_sinks(self, data: int) -> None: ...
+    def set_dropout(self, dropout_p: float, seed: int) -> None: ...
+
+def build_info() -> dict[str, Any]: ...
+def cpu_isas() -> list[str]: ...
+def cpu_forward(
+    problem: Problem,
+    isa: str,
+    threads: int,
+    query: _View,
+    key: _View,
+    value: _View,
+    out: _View,
+    lse: int,
+) -> None: ...
+def cpu_backward(
+    problem: Problem,
+    isa: str,
+    threads: int,
+    query: _View,
+    key: _View,
+    value: _View,
+    out: _View,
+    lse: int,
+    grad_out: _View,
+    grad_lse: int,
+    delta: int,
+    grad_query: _View,
+    grad_key: _View,
+    grad_value: _View,
+    grad_bias: int,
+) -> None: ...
+
+class core:
+    """csrc/core, for tests."""
+
+    class IntervalMask:
+        def __init__(self, left: int | None, right: int | None, shift: int) -> None: ...
+        def lo(self, q: int, k_len: int) -> int: ...
+        def hi(self, q: int, k_len: int) -> int: ...
+        def kind(self, q_first: int, q_last: int, k_begin: int, k_end: int, k_len: int) -> str: ...
+
+    @staticmethod
+    def row_schedule(
+        mask: core.IntervalMask, k_len: int, q_first: int, q_last: int, tile_len: int
+    ) -> list[tuple[int, int, str]]: ...
+    @staticmethod
+    def column_schedule(mask: core.IntervalMask, q_len: int, k_begin: int, k_end: int) -> tuple[int, int]: ...
+    @staticmethod
+    def philox(seed: int, c0: int, c1: int, c2: int) -> list[int]: ...

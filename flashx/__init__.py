@@ -1,0 +1,24 @@
+"""flashx: IO-aware exact attention for PyTorch."""
+
+from __future__ import annotations
+
+from . import nn
+from .attention import AttentionResult, Explanation, attention, explain
+from .dispatch import UnsupportedError
+from .info import __version__, build_info
+from .merge import merge_attention
+from .patching import patch, unpatch
+
+__all__ = [
+    "AttentionResult",
+    "Explanation",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "build_info",
+    "explain",
+    "merge_attention",
+    "nn",
+    "patch",
+    "unpatch",
+]

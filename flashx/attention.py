@@ -1,0 +1,305 @@
+"""The public calls: attention and explain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+
+from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.flashx)
+from .masks import IntervalMask
+from .problem import Inputs, Problem, accumulation_dtype
+
+
+class AttentionResult(NamedTuple):
+    """Output and log-sum-exp of the logits.
+
+    Attributes:
+        out: (B, Hq, Lq, Dv), query's dtype.
+        lse: (B, Hq, Lq), float32 (float64 for float64 inputs), natural log; -inf on a row that sees no key.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class Explanation(NamedTuple):
+    """What an attention call would run; print it.
+
+    Attributes:
+        problem: the call, described.
+        backend: name of the backend that runs it, None if none does.
+        kernel: the backend's kernel, e.g. ``cpu/avx512``.
+        refusals: for each backend the reasons against it, empty where it could run.
+    """
+
+    problem: Problem
+    backend: str | None
+    kernel: str | None
+    refusals: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"problem: {self.problem}", f"runs on: {self.kernel or self.backend or 'nothing'}"]
+        for name, reasons in self.refusals.items():
+            note = "chosen" if name == self.backend else "could run" if not reasons else "; ".join(reasons)
+            lines.append(f"  {name}: {note}")
+        return "\n".join(lines)
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = ...,
+    window: Sequence[int | None] | None = ...,
+    block_mask: None = ...,
+    bias: torch.Tensor | None = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = ...,
+    window: Sequence[int | None] | None = ...,
+    block_mask: None = ...,
+    bias: torch.Tensor | None = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> AttentionResult: ...
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    block_mask: None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | AttentionResult:
+    """Exact attention: ``softmax(logits) @ value``, tile by tile, without the Lq x Lk matrix.
+
+    ``logits[i, j] = softcap(scale * query[i] . key[j]) + bias[i, j] - slope * |i + shift - j|`` with
+    ``shift = Lk - Lq``: positions are aligned bottom-right, as a KV cache needs it. Tiled online softmax after
+    Dao et al., "FlashAttention", section 3.1, and Dao, "FlashAttention-2", section 3.1.
+
+    Args:
+        query: (B, Hq, Lq, D), float16, bfloat16, float32 or (CPU) float64; D from 1 to 256. Any strides work
+            without a copy as long as the last dimension is contiguous; so for key and value.
+        key: (B, Hkv, Lk, D). Hq must be a multiple of Hkv (grouped-query attention): query head h reads key
+            head ``h // (Hq / Hkv)``.
+        value: (B, Hkv, Lk, Dv), Dv up to 256.
+        causal: row i sees key j only if ``j <= i + Lk - Lq``.
+        window: (left, right): row i sees keys ``[i + shift - left, i + shift + right]``; ints >= 0, None is unbounded.
+        block_mask: reserved for block-sparse patterns; must be None in this version.
+        bias: added to the logits (query's dtype or float32), or bool: True where visible. Broadcastable to
+            (B, Hq, Lq, Lk), read through its strides. -inf hides like False. Differentiable.
+        alibi_slopes: (Hq,) or (B, Hq), floating (Press et al., "Train Short, Test Long", section 3). No gradient.
+        softcap: c > 0 gives ``c * tanh(x / c)``; 0 switches it off.
+        sinks: (Hq,), floating: one more logit per head, with a zero value (Xiao et al., "Efficient Streaming
+            Language Models with Attention Sinks"; a learned one as in gpt-oss). Counts in lse. Differentiable.
+        dropout_p: probability in [0, 1] of dropping an attention weight. The Philox seed is drawn from torch's
+            default generator of query's device, so ``torch.manual_seed`` reproduces it.
+        scale: factor on ``query . key``; default ``1 / sqrt(D)``.
+        return_lse: also return the log-sum-exp, differentiable too.
+        backend: "cpu" or "reference"; None takes the first that can (see ``flashx.explain``).
+
+    Returns:
+        out (B, Hq, Lq, Dv), or ``AttentionResult(out, lse)``. A row that sees no key has out 0, lse -inf (the sink
+        logit, if there are sinks) and gradients 0. NaN and inf in a hidden key or value change nothing.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value. UnsupportedError (a ValueError) if no
+            backend, or not the one asked for, can run the problem.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 8, 128, 64) for _ in range(3))
+        >>> flashx.attention(q, k, v, causal=True).shape
+        torch.Size([1, 8, 128, 64])
+    """
+    arguments = _arguments(
+        query,
+        key,
+        value,
+        causal,
+        window,
+        block_mask,
+        bias,
+        alibi_slopes,
+        softcap,
+        sinks,
+        dropout_p,
+        scale,
+        backend,
+    )
+    out, lse = torch.ops.flashx.attention(*arguments)
+    return AttentionResult(out, lse) if return_lse else out
+
+
+def explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    block_mask: None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend and kernel ``flashx.attention`` would run with these arguments, and why each other one would not.
+
+    Runs nothing. Arguments, and errors on bad ones, are those of ``flashx.attention``.
+
+    Example:
+        >>> q = torch.randn(1, 8, 128, 64)
+        >>> print(flashx.explain(q, q, q))  # doctest: +SKIP
+        problem: batch 1, heads 8/8, length 128x128, dim 64/64, float32 on cpu
+        runs on: cpu/avx512
+          cpu: chosen
+          reference: could run
+    """
+    *tensors, left, right, shift, scale, softcap, dropout_p, backend = _arguments(
+        query,
+        key,
+        value,
+        causal,
+        window,
+        block_mask,
+        bias,
+        alibi_slopes,
+        softcap,
+        sinks,
+        dropout_p,
+        scale,
+        backend,
+    )
+    problem = Problem.from_tensors(Inputs(*tensors), IntervalMask(left, right, shift), scale, softcap, dropout_p)
+    dispatch.check_name(backend)
+    refusals = dispatch.refusals(problem)
+    chosen = next((name for name, why in refusals.items() if not why and backend in (None, name)), None)
+    kernel = None if chosen is None else dispatch.BACKENDS[chosen].kernel(problem)
+    return Explanation(problem, chosen, kernel, refusals)
+
+
+def _arguments(
+    query: Any,
+    key: Any,
+    value: Any,
+    causal: Any,
+    window: Any,
+    block_mask: Any,
+    bias: Any,
+    alibi_slopes: Any,
+    softcap: Any,
+    sinks: Any,
+    dropout_p: Any,
+    scale: Any,
+    backend: Any,
+) -> tuple[Any, ...]:
+    """The operator's arguments; checks what the operator's own checks (Problem.from_tensors) can no longer see."""
+    for name, tensor, optional in (
+        ("query", query, False),
+        ("key", key, False),
+        ("value", value, False),
+        ("bias", bias, True),
+        ("alibi_slopes", alibi_slopes, True),
+        ("sinks", sinks, True),
+    ):
+        if not isinstance(tensor, torch.Tensor) and not (optional and tensor is None):
+            raise TypeError(
+                f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(tensor).__name__}"
+            )
+    if block_mask is not None:
+        raise TypeError(f"block_mask must be None in this version, got {type(block_mask).__name__}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
+    softcap = _number("softcap", softcap)
+    dropout_p = _number("dropout_p", dropout_p)
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, length, dim), got shape {tuple(tensor.shape)}"
+            )
+    if scale is not None:
+        scale = _number("scale", scale)
+    elif query.shape[3] >= 1:
+        scale = 1.0 / math.sqrt(query.shape[3])
+    else:
+        raise ValueError(f"query must have a head dim of at least 1, got shape {tuple(query.shape)}")
+    left, right = _window(window)
+    if causal:
+        right = 0
+    if alibi_slopes is not None:
+        if alibi_slopes.requires_grad:
+            raise ValueError("alibi_slopes must not require a gradient (pass a bias for that), got requires_grad=True")
+        if alibi_slopes.is_floating_point():
+            alibi_slopes = alibi_slopes.to(accumulation_dtype(query.dtype))
+    if sinks is not None and sinks.is_floating_point():
+        sinks = sinks.to(accumulation_dtype(query.dtype))
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
+    shift = key.shape[2] - query.shape[2]
+    return (
+        query, key, value, bias, alibi_slopes, sinks, seed,
+        left, right, shift, scale, softcap, dropout_p, backend,
+    )  # fmt: skip
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, Sequence) or isinstance(window, str) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right), got {window!r}")
+    left, right = window
+    for side, width in (("left", left), ("right", right)):
+        if width is None:
+            continue
+        if isinstance(width, bool) or not isinstance(width, (int, torch.SymInt)):
+            raise TypeError(f"window's {side} width must be an int or None, got {width!r}")
+        if width < 0:
+            raise ValueError(f"window's {side} width must be >= 0 (None is unbounded), got {width}")
+    return left, right
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)

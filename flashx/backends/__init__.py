@@ -1,0 +1,1 @@
+"""Backends: one module each, with NAME, why_not, kernel, forward and backward (dispatch.Backend)."""

@@ -1,0 +1,85 @@
+"""Dispatch: the first backend that has no reason against a Problem runs it; refusals are never silent."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+
+from .backends import cpu, reference
+from .problem import Gradients, Inputs, Problem
+
+
+class Backend(Protocol):
+    """What a backend module offers. Tensors come checked: see Problem.from_tensors."""
+
+    NAME: str
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Reasons why this backend cannot run the problem; empty if it can."""
+
+    def kernel(self, problem: Problem) -> str:
+        """Name of the kernel that would run the problem."""
+
+    def forward(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Write the output (B, Hq, Lq, Dv) and the log-sum-exp (B, Hq, Lq)."""
+
+    def backward(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        gradients: Gradients,
+    ) -> None:
+        """Write the gradients; that of bias sums over the dimensions that bias broadcasts over."""
+
+
+BACKENDS: dict[str, Backend] = {module.NAME: module for module in (cpu, reference)}
+
+
+class UnsupportedError(ValueError):
+    """No backend takes the problem; the message holds the problem and every refusal."""
+
+
+def check_name(name: str | None) -> None:
+    """Raises ValueError for a name that is no backend's."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def refusals(problem: Problem) -> dict[str, list[str]]:
+    """For each backend the reasons against it; an empty list means that it can run."""
+    return {name: backend.why_not(problem) for name, backend in BACKENDS.items()}
+
+
+def choose(problem: Problem, name: str | None = None) -> Backend:
+    """The named backend, or the first one without a reason against the problem.
+
+    Warns when that is the reference: it is exact, but not what anybody came for.
+
+    Raises:
+        ValueError: unknown name; or no backend (or not the named one) can run the problem.
+    """
+    check_name(name)
+    reasons: dict[str, list[str]] = {}
+    for candidate in BACKENDS if name is None else (name,):
+        backend = BACKENDS[candidate]
+        reasons[candidate] = backend.why_not(problem)
+        if reasons[candidate]:
+            continue
+        if name is None and candidate == reference.NAME:
+            why = "; ".join(reason for others in reasons.values() for reason in others)
+            warnings.warn(f"flashx runs naive attention, slow and of size Lq x Lk: {why}", stacklevel=2)
+        return backend
+    lines = [f"  {candidate}: {'; '.join(why)}" for candidate, why in reasons.items()]
+    raise UnsupportedError("\n".join([f"no backend runs this problem: {problem}", *lines]))

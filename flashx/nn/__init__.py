@@ -1,0 +1,3 @@
+"""Drop-ins for torch.nn."""
+
+from . import functional as functional
