@@ -269,10 +269,9 @@ def _arguments(
     if alibi_slopes is not None:
         if alibi_slopes.requires_grad:
             raise ValueError("alibi_slopes must not require a gradient (pass a bias for that), got requires_grad=True")
-        if alibi_slopes.is_floating_point():
-            alibi_slopes = alibi_slopes.to(accumulation_dtype(query.dtype))
-    if sinks is not None and sinks.is_floating_point():
-        sinks = sinks.to(accumulation_dtype(query.dtype))
+        alibi_slopes = _in_accumulation_dtype("alibi_slopes", alibi_slopes, query)
+    if sinks is not None:
+        sinks = _in_accumulation_dtype("sinks", sinks, query)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
@@ -281,6 +280,12 @@ def _arguments(
         query, key, value, bias, alibi_slopes, sinks, seed,
         left, right, shift, scale, softcap, dropout_p, backend,
     )  # fmt: skip
+
+
+def _in_accumulation_dtype(name: str, tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}")
+    return tensor.to(accumulation_dtype(query.dtype))
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:

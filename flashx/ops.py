@@ -13,7 +13,7 @@ import torch
 
 from . import dispatch
 from .masks import IntervalMask
-from .problem import Gradients, Inputs, Problem, accumulation_dtype
+from .problem import Gradients, Inputs, Problem, accumulation_dtype, check_backward
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, "
@@ -87,6 +87,7 @@ def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _attention_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     *described, out, lse, grad_out, grad_lse, bias_grad, sinks_grad = arguments
     problem, inputs, backend = _describe(described)
+    check_backward(problem, inputs, out, lse, grad_out, grad_lse, bias_grad, sinks_grad)
     gradients = _gradients(inputs, bias_grad, sinks_grad)
     query, key, value, bias, sinks = gradients
     backend.backward(
@@ -109,28 +110,41 @@ def _attention_backward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
     return _gradients(Inputs(*arguments[:_TENSORS]), *arguments[-2:])
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.options = inputs[_TENSORS:]
+class _Attention(torch.autograd.Function):
+    """The operator's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.flashx.attention(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:_TENSORS], out, lse)
+        ctx.options = arguments[_TENSORS:]
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        nothing = (None,) * (_TENSORS + len(ctx.options))
+        if grad_out is None and grad_lse is None:
+            return nothing
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        bias_grad, sinks_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+        query, key, value, bias, sinks = torch.ops.flashx.attention_backward(
+            *tensors, *ctx.options, out, lse, grad_out, grad_lse, bias_grad, sinks_grad
+        )
+        bias, sinks = bias if bias_grad else None, sinks if sinks_grad else None
+        return (query, key, value, bias, None, sinks, *nothing[6:])
 
 
-def _autograd(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    nothing = (None,) * (_TENSORS + len(ctx.options))
-    if grad_out is None and grad_lse is None:
-        return nothing
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    bias_grad, sinks_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-    grads = torch.ops.flashx.attention_backward(
-        *tensors, *ctx.options, out, lse, grad_out, grad_lse, bias_grad, sinks_grad
-    )
-    bias = grads[3] if bias_grad else None
-    sinks = grads[4] if sinks_grad else None
-    return (*grads[:3], bias, None, sinks, *nothing[6:])
+def _attention_autograd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    # torch.library.register_autograd asks the same through pytrees, which costs more than a short attention.
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:_TENSORS]):
+        return _Attention.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flashx.attention(*arguments)
 
 
 for _key in ("CPU", "CUDA"):
@@ -138,4 +152,4 @@ for _key in ("CPU", "CUDA"):
     _library.impl("attention_backward", _attention_backward, _key)
 torch.library.register_fake("flashx::attention", _attention_fake, lib=_library)
 torch.library.register_fake("flashx::attention_backward", _attention_backward_fake, lib=_library)
-torch.library.register_autograd("flashx::attention", _autograd, setup_context=_save_for_backward, lib=_library)
+_library.impl("attention", _attention_autograd, "Autograd")

@@ -23,7 +23,7 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def words(seed: int, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The four 32-bit outputs (in int64) for a key of 64 bits and a counter of four broadcastable words."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)

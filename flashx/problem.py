@@ -100,8 +100,8 @@ class Problem:
             raise ValueError(f"softcap must be >= 0 (0 switches it off), got {softcap}")
         if not 0.0 <= dropout_p <= 1.0:
             raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-        if dropout_p > 0 and seed is None:
-            raise ValueError("dropout_p > 0 needs a seed, got None")
+        if dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+            raise ValueError(f"seed must be one int64 where dropout_p > 0, got {seed}")
         check_bias(query, bias, (batch, q_heads, q_len, k_len))
         check_per_head("alibi_slopes", query, alibi_slopes, ((q_heads,), (batch, q_heads)))
         check_per_head("sinks", query, sinks, ((q_heads,),))
@@ -173,15 +173,45 @@ def check_bias(query: torch.Tensor, bias: torch.Tensor | None, full: tuple[int, 
 def check_per_head(
     name: str, query: torch.Tensor, tensor: torch.Tensor | None, shapes: tuple[tuple[int, ...], ...]
 ) -> None:
-    """A floating tensor with one value per query head, on query's device."""
+    """One value per query head, in the accumulation dtype, on query's device."""
     if tensor is None:
         return
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}")
+    if tensor.dtype != accumulation_dtype(query.dtype):
+        raise TypeError(f"{name} must be {accumulation_dtype(query.dtype)}, got {tensor.dtype}")
     if tensor.device != query.device:
         raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
     if shape(tensor) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {shape(tensor)}")
+
+
+def check_backward(
+    problem: Problem,
+    inputs: Inputs,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    bias_grad: bool,
+    sinks_grad: bool,
+) -> None:
+    """What the backward takes beside the inputs has the shapes and dtypes of the forward's results."""
+    rows = (problem.batch, problem.q_heads, problem.q_len)
+    for name, tensor, want, dtype in (
+        ("out", out, (*rows, problem.value_dim), problem.dtype),
+        ("grad_out", grad_out, (*rows, problem.value_dim), problem.dtype),
+        ("lse", lse, rows, accumulation_dtype(problem.dtype)),
+        ("grad_lse", grad_lse, rows, accumulation_dtype(problem.dtype)),
+    ):
+        if tensor is None:
+            continue
+        if shape(tensor) != want:
+            raise ValueError(f"{name} must have shape {want}, got {shape(tensor)}")
+        if tensor.dtype != dtype or tensor.device != inputs.query.device:
+            raise TypeError(f"{name} must be {dtype} on {inputs.query.device}, got {tensor.dtype} on {tensor.device}")
+    if bias_grad and (inputs.bias is None or inputs.bias.dtype == torch.bool):
+        raise ValueError("bias_grad needs a floating bias, got bias_grad=True")
+    if sinks_grad and inputs.sinks is None:
+        raise ValueError("sinks_grad needs sinks, got sinks_grad=True")
 
 
 def check_finite(name: str, value: float) -> None:

@@ -141,7 +141,7 @@ class Gradient {
     const int64_t tile = kTileKeys * (dim + value_dim + 4 * ld);
     // Twice the key tile: the dK, dV sweep accumulates one.
     return (tile + kTileKeys * (dim + value_dim) + row_blocks * 3 * ld * (dim + value_dim)) * sizeof(T) +
-           Logits<T>::bytes() + (16 + 8 * row_blocks) * Arena::kAlign;
+           Logits<T>::bytes(problem) + (16 + 8 * row_blocks) * Arena::kAlign;
   }
 };
 
@@ -404,8 +404,8 @@ void compute_delta(const Problem& problem, const BackwardTensors& tensors, int t
     const int64_t b = task / row_tasks / problem.q_heads, h = task / row_tasks % problem.q_heads;
     const int64_t first = task % row_tasks * kRowsPerTask;
     for (int64_t i = first; i < smaller(first + kRowsPerTask, problem.q_len); ++i) {
-      load_row(tensors.out.at<E>(b, h, i), problem.value_dim, row.out);
-      load_row(tensors.grad_out.at<E>(b, h, i), problem.value_dim, row.grad);
+      load_padded_row(tensors.out.at<E>(b, h, i), problem.value_dim, row.out, row.length);
+      load_padded_row(tensors.grad_out.at<E>(b, h, i), problem.value_dim, row.grad, row.length);
       Vec<T> sum = {};
       for (int64_t d = 0; d < row.length; d += kLanes<T>) sum += load(row.out + d) * load(row.grad + d);
       T total = 0;

@@ -26,14 +26,15 @@ class Forward {
         value_dim_(static_cast<int>(round_up(problem.value_dim, kPad<T>))),
         arena_(bytes()),
         logits_(problem, arena_) {
-    key_ = arena_.take<T>(kTileKeys * dim_);
-    value_ = arena_.take<T>(kTileKeys * value_dim_);
-    scores_ = arena_.take<T>(kTileKeys * ld);
+    const int keys = tile_room(problem);
+    key_ = arena_.take<T>(keys * dim_);
+    value_ = arena_.take<T>(keys * value_dim_);
+    scores_ = arena_.take<T>(keys * ld);
     scratch_ = arena_.take<T>(ld * larger(dim_, value_dim_));
-    if (problem.dropout_p > 0) dropout_ = arena_.take<T>(kTileKeys * ld);
-    for (State& state : states_) {
-      state.query = arena_.take<T>(dim_ * ld);
-      state.acc = arena_.take<T>(value_dim_ * ld);
+    if (problem.dropout_p > 0) dropout_ = arena_.take<T>(keys * ld);
+    for (int i = 0; i < row_blocks(); ++i) {
+      states_[i].query = arena_.take<T>(dim_ * ld);
+      states_[i].acc = arena_.take<T>(value_dim_ * ld);
     }
   }
 
@@ -82,9 +83,15 @@ class Forward {
     alignas(64) T sum[ld];
   };
 
+  // Row blocks that a task can have.
+  int row_blocks() const {
+    return static_cast<int>(smaller<int64_t>(kRowBlocks, ceil_div(problem_.q_len * problem_.group(), ld)));
+  }
+
   size_t bytes() const {
-    const size_t tile = kTileKeys * (dim_ + value_dim_ + 2 * ld) + ld * larger(dim_, value_dim_);
-    return (tile + kRowBlocks * ld * (dim_ + value_dim_)) * sizeof(T) + Logits<T>::bytes() + 16 * Arena::kAlign;
+    const int64_t tile = tile_room(problem_) * (dim_ + value_dim_ + 2 * ld) + ld * larger(dim_, value_dim_);
+    return (tile + row_blocks() * ld * (dim_ + value_dim_)) * sizeof(T) + Logits<T>::bytes(problem_) +
+           16 * Arena::kAlign;
   }
 
   // Loads the queries and resets the states; returns the number of row blocks, evenly filled.

@@ -5,15 +5,25 @@
 #include <exception>
 #include <memory>
 
-#include "core/config.h"
+#include "core/problem.h"
 
 namespace flashx::FLASHX_ISA {
+
+// Fewer multiply-adds than this are done sooner by one thread than shared with a second.
+constexpr double kWorthAThread = 1e5;
+
+// Threads worth waking for a product of rows x keys x dim.
+inline int worth_threads(int threads, const Problem& problem) {
+  const double pairs = static_cast<double>(problem.batch * problem.q_heads) * problem.q_len * problem.k_len;
+  const double shares = pairs * (problem.head_dim + problem.value_dim) / kWorthAThread;
+  return shares < threads ? larger(1, static_cast<int>(shares)) : threads;
+}
 
 // body(kernel, task) for every task below `tasks`. An exception (out of memory) ends the work and is thrown
 // to the caller.
 template <typename Kernel, typename Tensors, typename Body>
 void parallel(int threads, int64_t tasks, const Problem& problem, const Tensors& tensors, const Body& body) {
-  const int team = static_cast<int>(clamp<int64_t>(tasks, 0, threads));
+  const int team = static_cast<int>(clamp<int64_t>(tasks, 0, worth_threads(threads, problem)));
   std::atomic<int64_t> next{0};
   std::exception_ptr failure;
   const auto work = [&] {

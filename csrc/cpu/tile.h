@@ -5,14 +5,11 @@
 // per row block.
 #pragma once
 
-#include <algorithm>
-#include <memory>
-#include <new>
-
 #include "core/philox.h"
 #include "core/problem.h"
 #include "core/schedule.h"
 #include "core/softmax.h"
+#include "cpu/arena.h"
 #include "cpu/gemm.h"
 #include "cpu/math.h"
 
@@ -26,39 +23,14 @@ constexpr int kBlockLanes = kBlockVectors * kLanes<T>;
 // cache.
 constexpr int kTileKeys = 128;
 
+// Keys that the tiles of a problem have room for.
+FLASHX_CORE int tile_room(const Problem& problem) {
+  return static_cast<int>(smaller<int64_t>(kTileKeys, round_up(problem.k_len, kBlockRows)));
+}
+
 // Leading dimensions are padded to this, with zeros, so that every product has whole blocks.
 template <typename T>
 constexpr int kPad = kLanes<T> > kBlockRows ? kLanes<T> : kBlockRows;
-
-// One thread's memory, all of it: carved into tiles, freed with the thread's work.
-class Arena {
- public:
-  static constexpr size_t kAlign = 64;
-
-  explicit Arena(size_t bytes)
-      : data_(static_cast<char*>(::operator new(bytes, std::align_val_t{kAlign}))), left_(bytes) {
-    std::memset(data_, 0, bytes);
-    next_ = data_;
-  }
-  ~Arena() { ::operator delete(data_, std::align_val_t{kAlign}); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  // Zeroed memory for `count` elements.
-  template <typename T>
-  T* take(int64_t count) {
-    const size_t bytes = round_up(count * sizeof(T), kAlign);
-    if (bytes > left_) throw std::bad_alloc();
-    T* p = reinterpret_cast<T*>(next_);
-    next_ += bytes, left_ -= bytes;
-    return p;
-  }
-
- private:
-  char* data_;
-  char* next_;
-  size_t left_;
-};
 
 // Row packing: packed row r is query r / heads of head first_head + r % heads. The heads of a group (GQA)
 // thereby share the key tiles they read, and rows keep the order of their positions, which is what schedules
@@ -119,12 +91,18 @@ struct KeyRange {
   }
 };
 
+template <typename E, typename T>
+FLASHX_CORE void load_padded_row(const E* from, int dim, T* to, int64_t ld) {
+  load_row(from, dim, to);
+  for (int64_t d = dim; d < ld; ++d) to[d] = 0;
+}
+
 // Rows of (batch, head, length, dim) tensors that a block packs, as T, row-major; lanes past count are zero.
 template <typename E, typename T>
 void load_rows(const View& view, const RowPacking& packing, const RowBlock<T>& block, int dim, T* to, int64_t ld) {
   for (int lane = 0; lane < block.count; ++lane) {
     const int64_t row = block.first + lane;
-    load_row(view.at<E>(packing.batch, packing.head(row), packing.query(row)), dim, to + lane * ld);
+    load_padded_row(view.at<E>(packing.batch, packing.head(row), packing.query(row)), dim, to + lane * ld, ld);
   }
   for (int lane = block.count; lane < block.vectors * kLanes<T>; ++lane) std::memset(to + lane * ld, 0, ld * sizeof(T));
 }
@@ -142,12 +120,13 @@ void store_rows(const T* from, const T* factor, const RowPacking& packing, const
   }
 }
 
-// Keys or values [tile.begin, tile.end) as T, row-major. Rows past tile.end keep whatever finite or hidden
-// rest they hold.
+// Keys or values [tile.begin, tile.end) as T, row-major; zeros up to the next whole block (leftovers there would be
+// hidden, but could be denormals, which are slow).
 template <typename E, typename T>
 void load_tile(const View& view, int64_t batch, int64_t kv_head, KeyTile tile, int dim, T* to, int64_t ld) {
-  for (int64_t k = tile.begin; k < tile.end; ++k)
-    load_row(view.at<E>(batch, kv_head, k), dim, to + (k - tile.begin) * ld);
+  const int64_t keys = tile.end - tile.begin;
+  for (int64_t k = 0; k < keys; ++k) load_padded_row(view.at<E>(batch, kv_head, tile.begin + k), dim, to + k * ld, ld);
+  std::memset(to + keys * ld, 0, (round_up(keys, kBlockRows) - keys) * ld * sizeof(T));
 }
 
 // True if any of the elements is NaN or inf.
@@ -172,7 +151,9 @@ class Logits {
       bias_rows_ = arena.take<T>(kBlockLanes<T> * kTileKeys);
     }
   }
-  static size_t bytes() { return 2 * kTileKeys * kBlockLanes<T> * sizeof(T) + 2 * Arena::kAlign; }
+  static size_t bytes(const Problem& problem) {
+    return problem.bias.data ? 2 * kTileKeys * kBlockLanes<T> * sizeof(T) + 2 * Arena::kAlign : 0;
+  }
 
   // True if the scores are hidden by nothing but intervals: logits are then factor() times the scores.
   bool plain() const { return plain_; }
@@ -307,6 +288,7 @@ void dropout_factors(const Problem& problem, const RowPacking& packing, const Ro
   const Philox philox(problem.seed);
   const uint64_t threshold = dropout_threshold(problem.dropout_p);
   const T kept = problem.dropout_p < 1 ? static_cast<T>(1 / (1 - problem.dropout_p)) : T(0);
+  std::memset(factor, 0, range.padded * kBlockLanes<T> * sizeof(T));
   for (int64_t four = k_begin / 4; four * 4 < k_begin + range.count; ++four) {
     for (int lane = 0; lane < block.count; ++lane) {
       const int64_t row = block.first + lane;

@@ -122,5 +122,5 @@ def _native(problem: Problem, inputs: Inputs) -> _C.Problem:
     if sinks is not None:
         native.set_sinks(sinks.data_ptr())
     if seed is not None:
-        native.set_dropout(problem.dropout_p, int(seed))
+        native.set_dropout(problem.dropout_p, int(seed) % 2**64)
     return native
