@@ -76,6 +76,23 @@ def test_schedules_visit_exactly_what_is_visible(left: int | None, right: int | 
                 assert (begin, end) == (seeing[0], seeing[-1] + 1)
 
 
+@pytest.mark.parametrize("left, right, shift", MASKS)
+@pytest.mark.parametrize("tile_len", [1, 2, 3])
+def test_rows_and_columns_name_the_same_tiles(left: int | None, right: int | None, shift: int, tile_len: int) -> None:
+    """Key tiles take turns at adding to dQ: a tile that only one of the schedules named would leave the other waiting."""
+    core = _C.core.IntervalMask(left, right, shift)
+    for q_len, k_len, block in itertools.product((1, 4, 7), (1, 5, 7), (1, 2, 3)):
+        columns = {
+            begin: _C.core.column_schedule(core, q_len, begin, min(begin + tile_len, k_len))
+            for begin in range(0, k_len, tile_len)
+        }
+        for q_first in range(0, q_len, block):
+            q_last = min(q_first + block, q_len) - 1
+            by_row = [tile[0] for tile in _C.core.row_schedule(core, k_len, q_first, q_last, tile_len)]
+            by_column = [begin for begin, (first, end) in columns.items() if max(first, q_first) < min(end, q_last + 1)]
+            assert by_row == by_column
+
+
 def test_extreme_masks_do_not_overflow() -> None:
     huge = 2**62
     for left, right, shift in itertools.product((None, 0, huge), (None, 0, huge), (-huge, 0, huge)):

@@ -32,6 +32,9 @@ class RowSchedule {
     FLASHX_CORE void operator++() { ++index; }
     FLASHX_CORE bool operator!=(const Iterator& other) const { return index != other.index; }
   };
+  // Index of the first tile, and one past the last.
+  FLASHX_CORE int64_t first() const { return first_; }
+  FLASHX_CORE int64_t last() const { return last_; }
   FLASHX_CORE Iterator begin() const { return {this, first_}; }
   FLASHX_CORE Iterator end() const { return {this, last_}; }
 

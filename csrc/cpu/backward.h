@@ -1,10 +1,10 @@
-// Backward by recomputation (Dao et al., "FlashAttention", section 3.1 and appendix B.4;
-// "FlashAttention-2", 3.1.2):
-//   P = exp2(logits - lse), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T
-//   Q.
-// Two sweeps, each the owner of what it writes, so that results are the same bits for any number of threads
-// and nothing longer than a tile is ever held: key tiles own dK and dV, row tiles own dQ. A third, only if
-// asked for, owns dBias.
+// Backward by recomputation (Dao et al., "FlashAttention", section 3.1 and appendix B.4; "FlashAttention-2", 3.1.2):
+//   P = exp2(logits - lse), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
+// Key tiles own dK and dV and sweep the row blocks that see them. Where the tensors have the accumulation dtype, the
+// same sweep adds to dQ, in the output itself, key tiles taking turns in order: five products. For 16-bit tensors that
+// would need a float copy of dQ as long as the sequence, so row tiles own dQ in a sweep of their own: seven products.
+// Either way nothing longer than a tile is held and the bits do not depend on the number of threads. dBias, if asked
+// for, is swept by tiles of the bias.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -145,7 +145,11 @@ class Gradient {
   }
 };
 
-// Owns dK and dV of one key tile; sweeps the row blocks that see it.
+// True if gradients can be summed in the tensors themselves.
+template <typename E>
+constexpr bool kSumsInPlace = std::is_same_v<E, ComputeOf<E>>;
+
+// Owns dK and dV of one key tile; sweeps the row blocks that see it, and adds to their dQ where that can be in place.
 template <typename E>
 class GradKeyValue {
   using T = ComputeOf<E>;
@@ -155,9 +159,13 @@ class GradKeyValue {
   GradKeyValue(const Problem& problem, const BackwardTensors& tensors) : step_(problem, tensors, 1) {
     grad_key_ = step_.arena.template take<T>(kTileKeys * step_.dim);
     grad_value_ = step_.arena.template take<T>(kTileKeys * step_.value_dim);
+    if (kSumsInPlace<E>) grad_query_ = step_.arena.template take<T>(round_up(ld, kBlockRows) * step_.dim);
   }
 
-  void operator()(const RowPacking& packing, KeyTile tile) {
+  static int64_t row_blocks(const Problem& problem) { return ceil_div(problem.q_len * problem.group(), ld); }
+
+  // turns: one per row block of every (batch, key head).
+  void operator()(const RowPacking& packing, KeyTile tile, Turns& turns) {
     const Problem& problem = step_.problem;
     std::memset(grad_key_, 0, kTileKeys * step_.dim * sizeof(T));
     std::memset(grad_value_, 0, kTileKeys * step_.value_dim * sizeof(T));
@@ -167,7 +175,7 @@ class GradKeyValue {
     const int64_t end = schedule.end * packing.heads;
     for (int64_t first = schedule.begin * packing.heads / ld * ld; first < end; first += ld) {
       const int count = static_cast<int>(smaller<int64_t>(ld, problem.q_len * packing.heads - first));
-      accumulate(packing, tile, first, count);
+      accumulate(packing, tile, first, count, turns);
     }
     const T scale = static_cast<T>(problem.scale);
     for (int i = 0; i < kTileKeys * step_.dim; ++i) grad_key_[i] *= scale;
@@ -181,7 +189,7 @@ class GradKeyValue {
   }
 
  private:
-  void accumulate(const RowPacking& packing, KeyTile tile, int64_t first, int count) {
+  void accumulate(const RowPacking& packing, KeyTile tile, int64_t first, int count, Turns& turns) {
     const Problem& problem = step_.problem;
     auto& rows = step_.rows[0];
     const KeyRange range(problem.mask, problem.k_len, packing.query(first), packing.query(first + count - 1), tile);
@@ -193,6 +201,38 @@ class GradKeyValue {
     product(hides, range, count, step_.weights, rows.grad_out, step_.value_dim, grad_value_);
     step_.apply_softcap_slope(range);
     product(hides, range, count, step_.grad_logits, rows.query, step_.dim, grad_key_);
+    if constexpr (kSumsInPlace<E>) add_grad_query(packing, tile, rows.block, hides, range, turns);
+  }
+
+  // dQ += dS K
+  void add_grad_query(const RowPacking& packing, KeyTile tile, const RowBlock<T>& block, bool hides,
+                      const KeyRange& range, Turns& turns) {
+    const Problem& problem = step_.problem;
+    const T* key = step_.key + range.offset * step_.dim;
+    const int lanes = static_cast<int>(round_up(block.count, kBlockRows));
+    if (hides && step_.keys_poisoned) {
+      std::memset(grad_query_, 0, lanes * step_.dim * sizeof(T));
+      multiply_visible<Layout::ColumnMajor, Weights::InA>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits,
+                                                          ld, key, step_.dim, grad_query_, step_.dim);
+    } else {
+      multiply<Layout::ColumnMajor>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits, ld, key, step_.dim,
+                                    grad_query_, step_.dim, false);
+    }
+    const RowSchedule schedule(problem.mask, problem.k_len, block.q_first, block.q_last, kTileKeys);
+    const int64_t index = tile.begin / kTileKeys, turn = index - schedule.first();
+    const int64_t sum = (packing.batch * problem.kv_heads + packing.kv_head) * row_blocks(problem) + block.first / ld;
+    const T scale = static_cast<T>(problem.scale);
+    turns.wait(sum, turn);
+    for (int lane = 0; lane < block.count; ++lane) {
+      const int64_t row = block.first + lane;
+      T* to = step_.tensors.grad_query.template at<T>(packing.batch, packing.head(row), packing.query(row));
+      T* from = grad_query_ + lane * step_.dim;
+      for (int d = 0; d < problem.head_dim; ++d) {
+        const T sum_so_far = turn == 0 ? from[d] : to[d] + from[d];
+        to[d] = index + 1 == schedule.last() ? sum_so_far * scale : sum_so_far;
+      }
+    }
+    turns.next(sum, turn);
   }
 
   void product(bool hides, const KeyRange& range, int count, const T* weights, const T* values, int dim, T* acc) {
@@ -206,8 +246,9 @@ class GradKeyValue {
   }
 
   Gradient<E> step_;
-  T* grad_key_;    // [key][dim]
-  T* grad_value_;  // [key][value dim]
+  T* grad_key_;              // [key][dim]
+  T* grad_value_;            // [key][value dim]
+  T* grad_query_ = nullptr;  // [lane][dim]: this key tile's part
 };
 
 // Owns dQ of one row tile; sweeps the key tiles that it sees.
@@ -383,7 +424,8 @@ class GradBias {
   T* sum_;  // [key][lane]
 };
 
-// delta = rowsum(dO * O) - dlse: how far a row's gradient moves with its normaliser.
+// delta = rowsum(dO * O) - dlse: how far a row's gradient moves with its normaliser. Rows that no sweep visits, since
+// they see no key, get their dQ here: 0.
 template <typename E>
 void compute_delta(const Problem& problem, const BackwardTensors& tensors, int threads) {
   using T = ComputeOf<E>;
@@ -413,6 +455,9 @@ void compute_delta(const Problem& problem, const BackwardTensors& tensors, int t
       const int64_t at = (b * problem.q_heads + h) * problem.q_len + i;
       if (tensors.grad_lse) total -= static_cast<const T*>(tensors.grad_lse)[at];
       static_cast<T*>(tensors.delta)[at] = total;
+      if (problem.mask.lo(i, problem.k_len) >= problem.mask.hi(i, problem.k_len)) {
+        std::memset(tensors.grad_query.at<E>(b, h, i), 0, problem.head_dim * sizeof(E));
+      }
     }
   });
 }
@@ -426,20 +471,24 @@ void backward(const Problem& problem, const BackwardTensors& tensors, int thread
     return RowPacking{head / problem.kv_heads, kv_head * group, group, kv_head};
   };
 
-  // First key tiles first, last row tiles first: under a causal mask they are the longest.
+  // First key tiles first: under a causal mask they are the longest, and dQ's turns go in this order.
+  Turns turns(kSumsInPlace<E> ? heads * GradKeyValue<E>::row_blocks(problem) : 0);
   parallel<GradKeyValue<E>>(threads, ceil_div(problem.k_len, kTileKeys) * heads, problem, tensors,
                             [&](GradKeyValue<E>& kernel, int64_t task) {
                               const int64_t begin = task / heads * kTileKeys;
                               const int64_t end = smaller<int64_t>(begin + kTileKeys, problem.k_len);
-                              kernel(packing(task % heads), {begin, end, TileKind::Partial});
+                              kernel(packing(task % heads), {begin, end, TileKind::Partial}, turns);
                             });
 
-  const int64_t rows = problem.q_len * group;
-  const int64_t row_tiles = ceil_div(rows, GradQuery<E>::kRows);
-  parallel<GradQuery<E>>(threads, row_tiles * heads, problem, tensors, [&](GradQuery<E>& kernel, int64_t task) {
-    const int64_t first = (row_tiles - 1 - task / heads) * GradQuery<E>::kRows;
-    kernel(packing(task % heads), first, smaller<int64_t>(GradQuery<E>::kRows, rows - first));
-  });
+  if constexpr (!kSumsInPlace<E>) {
+    // Last row tiles first, for the same reason.
+    const int64_t rows = problem.q_len * group;
+    const int64_t row_tiles = ceil_div(rows, GradQuery<E>::kRows);
+    parallel<GradQuery<E>>(threads, row_tiles * heads, problem, tensors, [&](GradQuery<E>& kernel, int64_t task) {
+      const int64_t first = (row_tiles - 1 - task / heads) * GradQuery<E>::kRows;
+      kernel(packing(task % heads), first, smaller<int64_t>(GradQuery<E>::kRows, rows - first));
+    });
+  }
 
   if (tensors.grad_bias) {
     parallel<GradBias<E>>(threads, GradBias<E>::tasks(problem), problem, tensors,

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <exception>
 #include <memory>
+#include <thread>
+#include <vector>
 
 #include "core/problem.h"
 
@@ -44,5 +46,23 @@ void parallel(int threads, int64_t tasks, const Problem& problem, const Tensors&
   }
   if (failure) std::rethrow_exception(failure);
 }
+
+// Who may add to a shared sum next, so that it is the same sum for any number of threads: one counter per sum. Tasks
+// must be handed out in the order of their turns, as parallel() does.
+class Turns {
+ public:
+  explicit Turns(int64_t sums) : done_(sums) {}
+
+  void wait(int64_t sum, int64_t turn) const {
+    for (int spins = 0; done_[sum].load(std::memory_order_acquire) != turn; ++spins) {
+      if (spins >= kSpins) std::this_thread::yield();
+    }
+  }
+  void next(int64_t sum, int64_t turn) { done_[sum].store(turn + 1, std::memory_order_release); }
+
+ private:
+  static constexpr int kSpins = 1000;
+  std::vector<std::atomic<int64_t>> done_;
+};
 
 }  // namespace flashx::FLASHX_ISA
