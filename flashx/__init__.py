@@ -5,9 +5,9 @@ from __future__ import annotations
 from . import nn
 from .attention import AttentionResult, Explanation, attention, explain
 from .dispatch import UnsupportedError
-from .info import __version__, build_info
 from .merge import merge_attention
 from .patching import patch, unpatch
+from .version import __version__, build_info
 
 __all__ = [
     "AttentionResult",

@@ -1,4 +1,4 @@
-"""What this build of flashx is and can do. ``python -m flashx.info`` prints it."""
+"""What this build of flashx is and can do."""
 
 from __future__ import annotations
 
@@ -33,12 +33,3 @@ def build_info() -> dict[str, Any]:
         "cpu_isas": _C.cpu_isas(),
         "compiler": built["compiler"],
     }
-
-
-def main() -> None:
-    for name, value in build_info().items():
-        print(f"{name:12} {', '.join(value) or '-' if isinstance(value, list) else value}")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,37 +18,41 @@ namespace flashx::FLASHX_ISA {
 template <typename E>
 class Gradient {
  public:
+  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
-  static constexpr int ld = kBlockLanes<T>;
+  using Op = Operands<W>;
+  static constexpr int ld = kBlockLanes<W>;
 
   struct Rows {
-    RowBlock<T> block;
-    T* query;       // [lane][dim]
-    T* query_t;     // [dim][lane]
-    T* grad_out;    // [lane][value dim]
-    T* grad_out_t;  // [value dim][lane]
+    RowBlock<W> block;
+    W* query;       // [lane][dim]
+    W* query_t;     // right operand, summed over dim
+    W* grad_out;    // [lane][value dim]
+    W* grad_out_t;  // right operand, summed over value dim
     T lse[ld], delta[ld];
   };
 
   Gradient(const Problem& problem, const BackwardTensors& tensors, int row_blocks)
       : problem(problem),
         tensors(tensors),
-        dim(static_cast<int>(round_up(problem.head_dim, kPad<T>))),
-        value_dim(static_cast<int>(round_up(problem.value_dim, kPad<T>))),
+        dim(static_cast<int>(round_up(problem.head_dim, Op::kPad))),
+        value_dim(static_cast<int>(round_up(problem.value_dim, Op::kPad))),
         arena(bytes(row_blocks)),
         logits(problem, arena) {
-    key = arena.take<T>(kTileKeys * dim);
-    value = arena.take<T>(kTileKeys * value_dim);
+    key = arena.take<W>(kTileKeys * dim);
+    value = arena.take<W>(kTileKeys * value_dim);
     weights = arena.take<T>(kTileKeys * ld);
     grad_logits = arena.take<T>(kTileKeys * ld);
+    tile_room = arena.take<W>(Op::room(kTileKeys, ld));
+    operand_room = arena.take<W>(Op::room(kTileKeys, larger(dim, value_dim)));
     if (problem.softcap != 0) slope = arena.take<T>(kTileKeys * ld);
     if (problem.dropout_p > 0) dropout = arena.take<T>(kTileKeys * ld);
     rows = std::make_unique<Rows[]>(row_blocks);
     for (int i = 0; i < row_blocks; ++i) {
-      rows[i].query = arena.take<T>(ld * dim);
-      rows[i].query_t = arena.take<T>(dim * ld);
-      rows[i].grad_out = arena.take<T>(ld * value_dim);
-      rows[i].grad_out_t = arena.take<T>(value_dim * ld);
+      rows[i].query = arena.take<W>(ld * dim);
+      rows[i].query_t = arena.take<W>(dim * ld);
+      rows[i].grad_out = arena.take<W>(ld * value_dim);
+      rows[i].grad_out_t = arena.take<W>(value_dim * ld);
     }
   }
 
@@ -63,11 +67,9 @@ class Gradient {
     const int lanes = to.block.vectors * kLanes<T>;
     load_rows<E>(tensors.query, packing, to.block, problem.head_dim, to.query, dim);
     load_rows<E>(tensors.grad_out, packing, to.block, problem.value_dim, to.grad_out, value_dim);
-    transpose(to.query, dim, lanes, dim, to.query_t, ld);
-    transpose(to.grad_out, value_dim, lanes, value_dim, to.grad_out_t, ld);
-    if (logits.query_sign() < 0) {
-      for (int i = 0; i < dim * ld; ++i) to.query_t[i] = -to.query_t[i];
-    }
+    Op::right_from_columns(to.query, dim, lanes, dim, to.query_t, ld);
+    Op::right_from_columns(to.grad_out, value_dim, lanes, value_dim, to.grad_out_t, ld);
+    if (logits.negates_query()) negate(to.query_t, dim * ld);
     for (int lane = 0; lane < ld; ++lane) {
       const bool real = lane < count;
       const int64_t row = first + (real ? lane : 0);
@@ -77,17 +79,17 @@ class Gradient {
     }
   }
 
-  // weights[key][lane] = P (after dropout), grad_logits[key][lane] = d loss / d logits (before softcap's
-  // slope).
+  // weights[key][lane] = P (after dropout), grad_logits[key][lane] = d loss / d logits (before softcap's slope).
   void operator()(const RowPacking& packing, const Rows& rows, KeyTile tile, const KeyRange& range) {
     constexpr int n = kLanes<T>;
-    const RowBlock<T>& block = rows.block;
+    const RowBlock<W>& block = rows.block;
     const int64_t k_begin = tile.begin + range.offset;
     // S^T = K Q^T, dP^T = V dO^T
-    multiply<Layout::RowMajor>(range.padded, block.vectors, problem.head_dim, key + range.offset * dim, dim,
-                               rows.query_t, ld, weights, ld, false);
-    multiply<Layout::RowMajor>(range.padded, block.vectors, problem.value_dim, value + range.offset * value_dim,
-                               value_dim, rows.grad_out_t, ld, grad_logits, ld, false);
+    multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.head_dim, dim), key + range.offset * dim,
+                               dim, rows.query_t, Op::right_ld(ld), weights, ld, false);
+    multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.value_dim, value_dim),
+                               value + range.offset * value_dim, value_dim, rows.grad_out_t, Op::right_ld(ld),
+                               grad_logits, ld, false);
     logits(packing, block, k_begin, range, weights, slope);
     if (dropout) dropout_factors(problem, packing, block, k_begin, range, dropout);
     const T factor = logits.factor();
@@ -125,23 +127,28 @@ class Gradient {
   const Problem& problem;
   const BackwardTensors& tensors;
   int dim, value_dim;  // padded
+  typename Op::Unit unit;
   Arena arena;
-  Logits<T> logits;
+  Logits<W> logits;
   std::unique_ptr<Rows[]> rows;
   bool keys_poisoned = false;
-  T* key;          // [key][dim]
-  T* value;        // [key][value dim]
-  T* weights;      // [key][lane]
-  T* grad_logits;  // [key][lane]
+  W* key;           // [key][dim]
+  W* value;         // [key][value dim]
+  T* weights;       // [key][lane]
+  T* grad_logits;   // [key][lane]
+  W* tile_room;     // for either of the two as an operand
+  W* operand_room;  // for K, Q or dO in another form
   T* slope = nullptr;
   T* dropout = nullptr;
 
  private:
   size_t bytes(int row_blocks) const {
-    const int64_t tile = kTileKeys * (dim + value_dim + 4 * ld);
-    // Twice the key tile: the dK, dV sweep accumulates one.
-    return (tile + kTileKeys * (dim + value_dim) + row_blocks * 3 * ld * (dim + value_dim)) * sizeof(T) +
-           Logits<T>::bytes(problem) + (16 + 8 * row_blocks) * Arena::kAlign;
+    const int64_t dims = dim + value_dim;
+    const int64_t operands =
+        kTileKeys * dims + Op::room(kTileKeys, ld) + Op::room(kTileKeys, dims) + row_blocks * 2 * ld * dims;
+    // The sweeps' own sums: a key tile, or as many row blocks as there are.
+    const int64_t sums = kTileKeys * (4 * ld + dims) + (row_blocks + 1) * ld * dims;
+    return operands * sizeof(W) + sums * sizeof(T) + Logits<W>::bytes(problem) + (20 + 8 * row_blocks) * Arena::kAlign;
   }
 };
 
@@ -152,8 +159,10 @@ constexpr bool kSumsInPlace = std::is_same_v<E, ComputeOf<E>>;
 // Owns dK and dV of one key tile; sweeps the row blocks that see it, and adds to their dQ where that can be in place.
 template <typename E>
 class GradKeyValue {
+  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
-  static constexpr int ld = kBlockLanes<T>;
+  using Op = Operands<W>;
+  static constexpr int ld = kBlockLanes<W>;
 
  public:
   GradKeyValue(const Problem& problem, const BackwardTensors& tensors) : step_(problem, tensors, 1) {
@@ -192,20 +201,20 @@ class GradKeyValue {
   void accumulate(const RowPacking& packing, KeyTile tile, int64_t first, int count, Turns& turns) {
     const Problem& problem = step_.problem;
     auto& rows = step_.rows[0];
-    const KeyRange range(problem.mask, problem.k_len, packing.query(first), packing.query(first + count - 1), tile);
-    if (range.padded == 0) return;
     step_.load_row_block(packing, first, count, rows);
+    const KeyRange range = KeyRange::of(problem, rows.block, tile);
+    if (range.padded == 0) return;
     step_(packing, rows, tile, range);
     const bool hides = !range.full || !step_.logits.only_intervals();
     // dV += P^T dO, dK += dS^T Q
-    product(hides, range, count, step_.weights, rows.grad_out, step_.value_dim, grad_value_);
+    product(hides, range, rows.block, step_.weights, rows.grad_out, step_.value_dim, grad_value_);
     step_.apply_softcap_slope(range);
-    product(hides, range, count, step_.grad_logits, rows.query, step_.dim, grad_key_);
+    product(hides, range, rows.block, step_.grad_logits, rows.query, step_.dim, grad_key_);
     if constexpr (kSumsInPlace<E>) add_grad_query(packing, tile, rows.block, hides, range, turns);
   }
 
   // dQ += dS K
-  void add_grad_query(const RowPacking& packing, KeyTile tile, const RowBlock<T>& block, bool hides,
+  void add_grad_query(const RowPacking& packing, KeyTile tile, const RowBlock<W>& block, bool hides,
                       const KeyRange& range, Turns& turns) {
     const Problem& problem = step_.problem;
     const T* key = step_.key + range.offset * step_.dim;
@@ -235,13 +244,19 @@ class GradKeyValue {
     turns.next(sum, turn);
   }
 
-  void product(bool hides, const KeyRange& range, int count, const T* weights, const T* values, int dim, T* acc) {
+  // acc[key][dim] += tile[key][lane] values[lane][dim]
+  void product(bool hides, const KeyRange& range, const RowBlock<W>& block, const T* tile, const W* values, int dim,
+               T* acc) {
+    const int lanes = block.vectors * kLanes<T>, summands = Op::depth(block.count, lanes);
+    const W* weights = Op::left_from_tile(tile, ld, range.padded, block.vectors, step_.tile_room);
+    const W* right = Op::right_from_rows(values, dim, lanes, dim, step_.operand_room);
     T* to = acc + range.offset * dim;
-    if (hides && has_nonfinite(values, count * dim)) {
-      multiply_visible<Layout::RowMajor, Weights::InA>(range.padded, dim / kLanes<T>, count, weights, ld, values, dim,
-                                                       to, dim);
+    if (hides && has_nonfinite(values, block.count * dim)) {
+      multiply_visible<Layout::RowMajor, Weights::InA>(range.padded, dim / kLanes<T>, summands, weights, ld, right,
+                                                       Op::right_ld(dim), to, dim);
     } else {
-      multiply<Layout::RowMajor>(range.padded, dim / kLanes<T>, count, weights, ld, values, dim, to, dim, true);
+      multiply<Layout::RowMajor>(range.padded, dim / kLanes<T>, summands, weights, ld, right, Op::right_ld(dim), to,
+                                 dim, true);
     }
   }
 
@@ -254,8 +269,10 @@ class GradKeyValue {
 // Owns dQ of one row tile; sweeps the key tiles that it sees.
 template <typename E>
 class GradQuery {
+  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
-  static constexpr int ld = kBlockLanes<T>;
+  using Op = Operands<W>;
+  static constexpr int ld = kBlockLanes<W>;
   static constexpr int kRowBlocks = 4;
 
  public:
@@ -263,6 +280,7 @@ class GradQuery {
 
   GradQuery(const Problem& problem, const BackwardTensors& tensors) : step_(problem, tensors, kRowBlocks) {
     for (T*& grad : grad_query_) grad = step_.arena.template take<T>(step_.dim * ld);
+    scratch_ = step_.arena.template take<T>(ld * step_.dim);
   }
 
   void operator()(const RowPacking& packing, int64_t first, int64_t count) {
@@ -277,45 +295,54 @@ class GradQuery {
                                kTileKeys);
     for (const KeyTile tile : schedule) {
       step_.load_key_tile(packing.batch, packing.kv_head, tile);
+      key_ = Op::left_from_columns(step_.key, step_.dim, static_cast<int>(tile.end - tile.begin), step_.dim,
+                                   step_.operand_room, key_ld(step_.dim));
       for (int i = 0; i < blocks; ++i) accumulate(packing, tile, i);
     }
     T factor[ld];
     for (T& f : factor) f = static_cast<T>(problem.scale);
     for (int i = 0; i < blocks; ++i) {
-      store_rows<E>(grad_query_[i], factor, packing, step_.rows[i].block, problem.head_dim, step_.dim,
-                    step_.rows[i].query, step_.tensors.grad_query);
+      store_rows<E>(grad_query_[i], factor, packing, step_.rows[i].block, problem.head_dim, step_.dim, scratch_,
+                    step_.tensors.grad_query);
     }
   }
 
  private:
   void accumulate(const RowPacking& packing, KeyTile tile, int i) {
     const auto& rows = step_.rows[i];
-    const RowBlock<T>& block = rows.block;
-    const KeyRange range(step_.problem.mask, step_.problem.k_len, block.q_first, block.q_last, tile);
+    const RowBlock<W>& block = rows.block;
+    const KeyRange range = KeyRange::of(step_.problem, block, tile);
     if (range.padded == 0) return;
     step_(packing, rows, tile, range);
     step_.apply_softcap_slope(range);
-    const T* key = step_.key + range.offset * step_.dim;
     // dQ^T += K^T dS^T
+    const W* key = key_ + Op::left_offset(range.offset, key_ld(step_.dim));
+    const W* weights = Op::right_from_tile(step_.grad_logits, ld, range.padded, block.vectors, step_.tile_room);
+    const int summands = Op::depth(range.count, range.padded);
     if (step_.keys_poisoned && (!range.full || !step_.logits.only_intervals())) {
-      multiply_visible<Layout::ColumnMajor, Weights::InB>(step_.dim, block.vectors, range.count, key, step_.dim,
-                                                          step_.grad_logits, ld, grad_query_[i], ld);
+      multiply_visible<Op::kTransposed, Weights::InB>(step_.dim, block.vectors, summands, key, key_ld(step_.dim),
+                                                      weights, Op::right_ld(ld), grad_query_[i], ld);
     } else {
-      multiply<Layout::ColumnMajor>(step_.dim, block.vectors, range.count, key, step_.dim, step_.grad_logits, ld,
-                                    grad_query_[i], ld, true);
+      multiply<Op::kTransposed>(step_.dim, block.vectors, summands, key, key_ld(step_.dim), weights, Op::right_ld(ld),
+                                grad_query_[i], ld, true);
     }
   }
 
+  static int64_t key_ld(int64_t dim) { return Op::left_ld(dim, kTileKeys); }
+
   Gradient<E> step_;
+  const W* key_;               // the key tile as a left operand, summed over the keys
   T* grad_query_[kRowBlocks];  // [dim][lane]
+  T* scratch_;                 // [lane][dim]
 };
 
 // Owns a tile of dBias: the sum of dS over everything the bias broadcasts over. Heads are not packed here, so
 // that lanes are consecutive queries.
 template <typename E>
 class GradBias {
+  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
-  static constexpr int ld = kBlockLanes<T>;
+  static constexpr int ld = kBlockLanes<W>;
 
  public:
   GradBias(const Problem& problem, const BackwardTensors& tensors)
@@ -365,7 +392,7 @@ class GradBias {
     const Problem& problem = step_.problem;
     const auto& rows = step_.rows[0];
     const KeyTile tile{k_begin, smaller(k_begin + kTileKeys, problem.k_len), TileKind::Partial};
-    const KeyRange range(problem.mask, problem.k_len, rows.block.q_first, rows.block.q_last, tile);
+    const KeyRange range = KeyRange::of(problem, rows.block, tile);
     if (range.padded == 0) return;
     step_.load_key_tile(packing.batch, packing.kv_head, tile);
     step_(packing, rows, tile, range);

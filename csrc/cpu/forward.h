@@ -12,9 +12,11 @@ namespace flashx::FLASHX_ISA {
 
 template <typename E>
 class Forward {
+  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
+  using Op = Operands<W>;
   static constexpr int kRowBlocks = 4;
-  static constexpr int ld = kBlockLanes<T>;
+  static constexpr int ld = kBlockLanes<W>;
 
  public:
   static constexpr int kRows = kRowBlocks * ld;
@@ -22,18 +24,21 @@ class Forward {
   Forward(const Problem& problem, const ForwardTensors& tensors)
       : problem_(problem),
         tensors_(tensors),
-        dim_(static_cast<int>(round_up(problem.head_dim, kPad<T>))),
-        value_dim_(static_cast<int>(round_up(problem.value_dim, kPad<T>))),
+        dim_(static_cast<int>(round_up(problem.head_dim, Op::kPad))),
+        value_dim_(static_cast<int>(round_up(problem.value_dim, Op::kPad))),
         arena_(bytes()),
         logits_(problem, arena_) {
-    const int keys = tile_room(problem);
-    key_ = arena_.take<T>(keys * dim_);
-    value_ = arena_.take<T>(keys * value_dim_);
+    const int keys = tile_room<W>(problem);
+    key_ = arena_.take<W>(keys * dim_);
+    value_ = arena_.take<W>(keys * value_dim_);
+    value_room_ = arena_.take<W>(Op::room(value_dim_, kTileKeys));
+    weights_room_ = arena_.take<W>(Op::room(keys, ld));
+    query_ = arena_.take<W>(ld * dim_);
     scores_ = arena_.take<T>(keys * ld);
-    scratch_ = arena_.take<T>(ld * larger(dim_, value_dim_));
+    scratch_ = arena_.take<T>(ld * value_dim_);
     if (problem.dropout_p > 0) dropout_ = arena_.take<T>(keys * ld);
     for (int i = 0; i < row_blocks(); ++i) {
-      states_[i].query = arena_.take<T>(dim_ * ld);
+      states_[i].query = arena_.take<W>(dim_ * ld);
       states_[i].acc = arena_.take<T>(value_dim_ * ld);
     }
   }
@@ -43,30 +48,36 @@ class Forward {
     const int blocks = begin(packing, first, count);
     const RowSchedule schedule(problem_.mask, problem_.k_len, packing.query(first), packing.query(first + count - 1),
                                kTileKeys);
+    const int depth = Op::depth(problem_.head_dim, dim_);
     for (const KeyTile tile : schedule) {
       load_tile<E>(tensors_.key, packing.batch, packing.kv_head, tile, problem_.head_dim, key_, dim_);
       load_tile<E>(tensors_.value, packing.batch, packing.kv_head, tile, problem_.value_dim, value_, value_dim_);
+      const int keys = static_cast<int>(tile.end - tile.begin);
+      const int64_t value_ld = Op::left_ld(value_dim_, kTileKeys);
+      const W* value = Op::left_from_columns(value_, value_dim_, keys, value_dim_, value_room_, value_ld);
       const bool hides = tile.kind != TileKind::Full || !logits_.only_intervals();
-      const bool poisoned = hides && has_nonfinite(value_, (tile.end - tile.begin) * value_dim_);
+      const bool poisoned = hides && has_nonfinite(value_, keys * value_dim_);
       for (int i = 0; i < blocks; ++i) {
         State& state = states_[i];
-        const RowBlock<T>& block = state.block;
-        const KeyRange range(problem_.mask, problem_.k_len, block.q_first, block.q_last, tile);
+        const RowBlock<W>& block = state.block;
+        const KeyRange range = KeyRange::of(problem_, block, tile);
         if (range.padded == 0) continue;
-        const T* value = value_ + range.offset * value_dim_;
         // S^T = K Q^T
-        multiply<Layout::RowMajor>(range.padded, block.vectors, problem_.head_dim, key_ + range.offset * dim_, dim_,
-                                   state.query, ld, scores_, ld, false);
+        multiply<Layout::RowMajor>(range.padded, block.vectors, depth, key_ + range.offset * dim_, dim_, state.query,
+                                   Op::right_ld(ld), scores_, ld, false);
         logits_(packing, block, tile.begin + range.offset, range, scores_, nullptr);
         update(state, range.padded);
         if (dropout_) drop(packing, block, tile.begin + range.offset, range);
         // O^T += V^T P^T
+        const W* weights = Op::right_from_tile(scores_, ld, range.padded, block.vectors, weights_room_);
+        const W* value_begin = value + Op::left_offset(range.offset, value_ld);
+        const int summands = Op::depth(range.count, range.padded);
         if (poisoned) {
-          multiply_visible<Layout::ColumnMajor, Weights::InB>(value_dim_, block.vectors, range.count, value, value_dim_,
-                                                              scores_, ld, state.acc, ld);
+          multiply_visible<Op::kTransposed, Weights::InB>(value_dim_, block.vectors, summands, value_begin, value_ld,
+                                                          weights, Op::right_ld(ld), state.acc, ld);
         } else {
-          multiply<Layout::ColumnMajor>(value_dim_, block.vectors, range.count, value, value_dim_, scores_, ld,
-                                        state.acc, ld, true);
+          multiply<Op::kTransposed>(value_dim_, block.vectors, summands, value_begin, value_ld, weights,
+                                    Op::right_ld(ld), state.acc, ld, true);
         }
       }
     }
@@ -76,8 +87,8 @@ class Forward {
  private:
   // A row block's online softmax: transposed queries and output, running max (log2 units) and running sum.
   struct State {
-    RowBlock<T> block;
-    T* query;
+    RowBlock<W> block;
+    W* query;
     T* acc;
     alignas(64) T max[ld];
     alignas(64) T sum[ld];
@@ -89,25 +100,25 @@ class Forward {
   }
 
   size_t bytes() const {
-    const int64_t tile = tile_room(problem_) * (dim_ + value_dim_ + 2 * ld) + ld * larger(dim_, value_dim_);
-    return (tile + row_blocks() * ld * (dim_ + value_dim_)) * sizeof(T) + Logits<T>::bytes(problem_) +
-           16 * Arena::kAlign;
+    const int64_t keys = tile_room<W>(problem_);
+    const int64_t operands = keys * (dim_ + value_dim_) + Op::room(value_dim_, kTileKeys) + Op::room(keys, ld) +
+                             ld * dim_ + row_blocks() * ld * dim_;
+    const int64_t sums = 2 * keys * ld + ld * value_dim_ + row_blocks() * ld * value_dim_;
+    return operands * sizeof(W) + sums * sizeof(T) + Logits<W>::bytes(problem_) + 20 * Arena::kAlign;
   }
 
   // Loads the queries and resets the states; returns the number of row blocks, evenly filled.
   int begin(const RowPacking& packing, int64_t first, int64_t count) {
-    const int vectors = static_cast<int>(ceil_div(count, kLanes<T>));
-    const int blocks = static_cast<int>(ceil_div(vectors, kBlockVectors));
-    const int share = static_cast<int>(ceil_div(vectors, blocks)) * kLanes<T>;
+    const int64_t step = kLanes<T> * Op::kVectorStep;
+    const int blocks = static_cast<int>(ceil_div(count, ld));
+    const int64_t share = round_up(ceil_div(count, blocks), step);
     for (int i = 0; i < blocks; ++i) {
       State& state = states_[i];
       const int64_t row = first + i * share;
-      state.block.place(problem_, packing, row, static_cast<int>(smaller<int64_t>(share, first + count - row)));
-      load_rows<E>(tensors_.query, packing, state.block, problem_.head_dim, scratch_, dim_);
-      if (logits_.query_sign() < 0) {
-        for (int d = 0; d < state.block.count * dim_; ++d) scratch_[d] = -scratch_[d];
-      }
-      transpose(scratch_, dim_, state.block.vectors * kLanes<T>, dim_, state.query, ld);
+      state.block.place(problem_, packing, row, static_cast<int>(smaller(share, first + count - row)));
+      load_rows<E>(tensors_.query, packing, state.block, problem_.head_dim, query_, dim_);
+      if (logits_.negates_query()) negate(query_, state.block.vectors * kLanes<T> * dim_);
+      Op::right_from_columns(query_, dim_, state.block.vectors * kLanes<T>, dim_, state.query, ld);
       std::memset(state.acc, 0, value_dim_ * ld * sizeof(T));
       for (int lane = 0; lane < ld; ++lane) {
         // The sink is one more key, with value 0, seen before all others.
@@ -156,7 +167,7 @@ class Forward {
     }
   }
 
-  void drop(const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin, const KeyRange& range) {
+  void drop(const RowPacking& packing, const RowBlock<W>& block, int64_t k_begin, const KeyRange& range) {
     dropout_factors(problem_, packing, block, k_begin, range, dropout_);
     for (int i = 0; i < range.padded * ld; i += kLanes<T>) {
       store(scores_ + i, load(scores_ + i) * load(dropout_ + i));
@@ -178,13 +189,17 @@ class Forward {
   const Problem& problem_;
   const ForwardTensors& tensors_;
   int dim_, value_dim_;  // padded
+  typename Op::Unit unit_;
   Arena arena_;
-  Logits<T> logits_;
+  Logits<W> logits_;
   State states_[kRowBlocks];
-  T* key_;      // [key][dim]
-  T* value_;    // [key][value dim]
-  T* scores_;   // [key][lane]: S^T, then P^T
-  T* scratch_;  // [lane][dim]
+  W* key_;           // [key][dim]
+  W* value_;         // [key][value dim]
+  W* value_room_;    // for the value tile as a left operand
+  W* weights_room_;  // for P^T as a right operand
+  W* query_;         // [lane][dim]
+  T* scores_;        // [key][lane]: S^T, then P^T
+  T* scratch_;       // [lane][value dim]
   T* dropout_ = nullptr;
 };
 

@@ -1,7 +1,8 @@
 // The one matrix product of the CPU kernels: C[m][n] (+)= sum_k A(m, k) * B[k][n].
-// Rows of C are broadcast from A, columns are vector lanes of B. Every product of the forward and the
-// backward is written so that its lanes already lie contiguous in memory (docs/kernels.md), so nothing is
-// packed or gathered for it.
+// Rows of C are broadcast from A, columns are vector lanes of B. Every product of the forward and the backward is
+// written so that its lanes already lie contiguous in memory (docs/kernels.md). Where the machine multiplies bfloat16
+// itself, the same product exists for operands of pairs: A(m, k) at a[m * ld + k], B[k][n] at b[k / 2 * ld + 2 * n + k
+// % 2].
 #pragma once
 
 #include "cpu/simd.h"
@@ -68,6 +69,116 @@ void multiply(int rows, int vectors, int depth, const T* a, int64_t a_ld, const 
   }
 }
 
+#if FLASHX_BF16 == 1
+
+struct PairUnit {};
+
+template <int vectors>
+FLASHX_CORE void multiply_pairs_block(int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b, int64_t b_ld,
+                                      float* c, int64_t c_ld, bool accumulate) {
+  constexpr int n = kLanes<float>;
+  __m512 acc[kBlockRows][vectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < kBlockRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      acc[m][v] = accumulate ? _mm512_loadu_ps(c + m * c_ld + v * n) : _mm512_setzero_ps();
+    }
+  }
+  for (int k = 0; k < depth; k += 2) {
+    __m512bh pairs[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) pairs[v] = (__m512bh)_mm512_loadu_si512(b + k / 2 * b_ld + 2 * v * n);
+#pragma GCC unroll 8
+    for (int m = 0; m < kBlockRows; ++m) {
+      int32_t pair;
+      std::memcpy(&pair, a + m * a_ld + k, sizeof pair);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) acc[m][v] = _mm512_dpbf16_ps(acc[m][v], x, pairs[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kBlockRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(c + m * c_ld + v * n, acc[m][v]);
+  }
+}
+
+// rows is a multiple of kBlockRows, depth and vectors of 2.
+template <Layout layout>
+void multiply(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b, int64_t b_ld,
+              float* c, int64_t c_ld, bool accumulate) {
+  static_assert(layout == Layout::RowMajor);
+  for (int v = 0; v < vectors; v += 2) {
+    for (int m = 0; m < rows; m += kBlockRows) {
+      multiply_pairs_block<2>(depth, a + m * a_ld, a_ld, b + 2 * v * kLanes<float>, b_ld,
+                              c + m * c_ld + v * kLanes<float>, c_ld, accumulate);
+    }
+  }
+}
+
+#elif FLASHX_BF16 == 2
+
+// AMX: a tile is 16 rows of 64 bytes; registers 0-3 hold a 32 x 32 block of C, 4-5 of A, 6-7 of B.
+struct PairUnit {
+  PairUnit() {
+    alignas(64) struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~PairUnit() { _tile_release(); }
+  PairUnit(const PairUnit&) = delete;
+  PairUnit& operator=(const PairUnit&) = delete;
+};
+
+// rows and depth are multiples of 32, vectors of 2.
+template <Layout layout>
+void multiply(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b, int64_t b_ld,
+              float* c, int64_t c_ld, bool accumulate) {
+  static_assert(layout == Layout::RowMajor);
+  constexpr int n = 16;
+  const int64_t a_bytes = a_ld * 2, b_bytes = b_ld * 2, c_bytes = c_ld * 4;
+  for (int v = 0; v < vectors; v += 2) {
+    for (int m = 0; m < rows; m += 2 * n) {
+      float* top = c + m * c_ld + v * n;
+      float* bottom = top + n * c_ld;
+      if (accumulate) {
+        _tile_loadd(0, top, c_bytes);
+        _tile_loadd(1, top + n, c_bytes);
+        _tile_loadd(2, bottom, c_bytes);
+        _tile_loadd(3, bottom + n, c_bytes);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int k = 0; k < depth; k += 32) {
+        const BFloat16* left = a + m * a_ld + k;
+        const BFloat16* right = b + k / 2 * b_ld + 2 * v * n;
+        _tile_loadd(6, right, b_bytes);
+        _tile_loadd(4, left, a_bytes);
+        _tile_loadd(7, right + 2 * n, b_bytes);
+        _tile_loadd(5, left + n * a_ld, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, top, c_bytes);
+      _tile_stored(1, top + n, c_bytes);
+      _tile_stored(2, bottom, c_bytes);
+      _tile_stored(3, bottom + n, c_bytes);
+    }
+  }
+}
+
+#endif
+
 // Which operand holds the attention weights, whose zeros mean "hidden".
 enum class Weights { InA, InB };
 
@@ -93,5 +204,26 @@ void multiply_visible(int rows, int vectors, int depth, const T* a, int64_t a_ld
     }
   }
 }
+
+#if FLASHX_BF16
+
+// As above, for pairs, element by element: this is never the fast path.
+template <Layout layout, Weights weights>
+void multiply_visible(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b,
+                      int64_t b_ld, float* c, int64_t c_ld) {
+  static_assert(layout == Layout::RowMajor);
+  const auto widened = [](BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); };
+  for (int m = 0; m < rows; ++m) {
+    for (int k = 0; k < depth; ++k) {
+      const float x = widened(a[m * a_ld + k]);
+      for (int n = 0; n < vectors * kLanes<float>; ++n) {
+        const float y = widened(b[k / 2 * b_ld + 2 * n + k % 2]);
+        if ((weights == Weights::InA ? x : y) != 0) c[m * c_ld + n] += x * y;
+      }
+    }
+  }
+}
+
+#endif
 
 }  // namespace flashx::FLASHX_ISA

@@ -135,9 +135,13 @@ FLASHX_CORE Vec<float> load_as(const Half* p, float) {
 FLASHX_CORE void store_as(float* p, Vec<float> v) { store(p, v); }
 FLASHX_CORE void store_as(double* p, Vec<double> v) { store(p, v); }
 FLASHX_CORE void store_as(BFloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   const WordBits bits = bit_cast<WordBits>(v);
   const WordBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   narrow(&p->bits, v != v ? (bits >> 16) | 0x40u : rounded);
+#endif
 }
 FLASHX_CORE void store_as(Half* p, Vec<float> v) {
 #if defined(__AVX512F__)

@@ -10,27 +10,23 @@
 #include "core/schedule.h"
 #include "core/softmax.h"
 #include "cpu/arena.h"
-#include "cpu/gemm.h"
 #include "cpu/math.h"
+#include "cpu/operands.h"
 
 namespace flashx::FLASHX_ISA {
 
 // Rows of a row block: the lanes of one register block.
-template <typename T>
-constexpr int kBlockLanes = kBlockVectors * kLanes<T>;
+template <typename W>
+constexpr int kBlockLanes = Operands<W>::kVectors * kLanes<ComputeOf<W>>;
 
-// Keys of a key tile: with 4 row blocks and head dim 128, tiles of Q, K, V and O fill half of a 1 MiB L2
-// cache.
+// Keys of a key tile: with 4 row blocks and head dim 128, tiles of Q, K, V and O fill half of a 1 MiB L2 cache.
 constexpr int kTileKeys = 128;
 
 // Keys that the tiles of a problem have room for.
-FLASHX_CORE int tile_room(const Problem& problem) {
-  return static_cast<int>(smaller<int64_t>(kTileKeys, round_up(problem.k_len, kBlockRows)));
+template <typename W>
+int tile_room(const Problem& problem) {
+  return static_cast<int>(smaller<int64_t>(kTileKeys, round_up(problem.k_len, Operands<W>::kKeyStep)));
 }
-
-// Leading dimensions are padded to this, with zeros, so that every product has whole blocks.
-template <typename T>
-constexpr int kPad = kLanes<T> > kBlockRows ? kLanes<T> : kBlockRows;
 
 // Row packing: packed row r is query r / heads of head first_head + r % heads. The heads of a group (GQA)
 // thereby share the key tiles they read, and rows keep the order of their positions, which is what schedules
@@ -43,20 +39,22 @@ struct RowPacking {
 };
 
 // Up to kBlockLanes packed rows and what their positions mean.
-template <typename T>
+template <typename W>
 struct RowBlock {
+  using T = ComputeOf<W>;
+
   int64_t first;  // packed row of lane 0
   int count, vectors;
   int64_t q_first, q_last;
-  int64_t lo[kBlockLanes<T>], hi[kBlockLanes<T>];  // visible keys of each lane; none for lanes past count
-  int64_t diagonal[kBlockLanes<T>];                // key at distance 0
-  T slope[kBlockLanes<T>];                         // ALiBi
+  int64_t lo[kBlockLanes<W>], hi[kBlockLanes<W>];  // visible keys of each lane; none for lanes past count
+  int64_t diagonal[kBlockLanes<W>];                // key at distance 0
+  T slope[kBlockLanes<W>];                         // ALiBi
 
   void place(const Problem& problem, const RowPacking& packing, int64_t first_row, int rows) {
     first = first_row, count = rows;
-    vectors = static_cast<int>(ceil_div(rows, kLanes<T>));
+    vectors = static_cast<int>(round_up(ceil_div(rows, kLanes<T>), Operands<W>::kVectorStep));
     q_first = packing.query(first), q_last = packing.query(first + rows - 1);
-    for (int lane = 0; lane < kBlockLanes<T>; ++lane) {
+    for (int lane = 0; lane < kBlockLanes<W>; ++lane) {
       const int64_t q = packing.query(first + lane);
       const bool real = lane < count;
       lo[lane] = real ? problem.mask.lo(q, problem.k_len) : 0;
@@ -72,46 +70,57 @@ struct RowBlock {
   }
 };
 
-// The part of a key tile that a row block sees: keys [begin, end) of which [begin, begin + padded) are
-// computed.
+// The part of a key tile that a row block sees, from `offset` in the tile on.
 struct KeyRange {
-  int offset;  // of begin in the tile
+  int offset;
   int count;   // keys that exist
-  int padded;  // a multiple of kBlockRows
+  int padded;  // keys computed; like offset, a multiple of the operands' key step
   bool full;   // every row sees every computed key
 
-  KeyRange(const IntervalMask& mask, int64_t k_len, int64_t q_first, int64_t q_last, KeyTile tile) {
+  template <typename W>
+  static KeyRange of(const Problem& problem, const RowBlock<W>& block, KeyTile tile) {
+    return KeyRange(problem.mask, problem.k_len, block.q_first, block.q_last, tile, Operands<W>::kKeyStep);
+  }
+
+ private:
+  KeyRange(const IntervalMask& mask, int64_t k_len, int64_t q_first, int64_t q_last, KeyTile tile, int step) {
     const int64_t lo = larger(mask.lo(q_first, k_len), tile.begin);
     const int64_t hi = smaller(mask.hi(q_last, k_len), tile.end);
-    offset = static_cast<int>((lo - tile.begin) / kBlockRows * kBlockRows);
-    padded = hi > lo ? static_cast<int>(round_up(hi - tile.begin - offset, kBlockRows)) : 0;
+    offset = static_cast<int>((lo - tile.begin) / step * step);
+    padded = hi > lo ? static_cast<int>(round_up(hi - tile.begin - offset, step)) : 0;
     count = static_cast<int>(smaller<int64_t>(padded, tile.end - tile.begin - offset));
     const int64_t begin = tile.begin + offset;
     full = mask.kind(q_first, q_last, begin, begin + padded, k_len) == TileKind::Full;
   }
 };
 
-template <typename E, typename T>
-FLASHX_CORE void load_padded_row(const E* from, int dim, T* to, int64_t ld) {
-  load_row(from, dim, to);
-  for (int64_t d = dim; d < ld; ++d) to[d] = 0;
+// `dim` elements as W, then zeros up to ld.
+template <typename E, typename W>
+FLASHX_CORE void load_padded_row(const E* from, int dim, W* to, int64_t ld) {
+  if constexpr (std::is_same_v<E, W>) {
+    std::memcpy(to, from, dim * sizeof(W));
+  } else {
+    load_row(from, dim, to);
+  }
+  std::memset(to + dim, 0, (ld - dim) * sizeof(W));
 }
 
-// Rows of (batch, head, length, dim) tensors that a block packs, as T, row-major; lanes past count are zero.
-template <typename E, typename T>
-void load_rows(const View& view, const RowPacking& packing, const RowBlock<T>& block, int dim, T* to, int64_t ld) {
+// Rows of (batch, head, length, dim) tensors that a block packs, as W, row-major; lanes past count are zero.
+template <typename E, typename W>
+void load_rows(const View& view, const RowPacking& packing, const RowBlock<W>& block, int dim, W* to, int64_t ld) {
   for (int lane = 0; lane < block.count; ++lane) {
     const int64_t row = block.first + lane;
     load_padded_row(view.at<E>(packing.batch, packing.head(row), packing.query(row)), dim, to + lane * ld, ld);
   }
-  for (int lane = block.count; lane < block.vectors * kLanes<T>; ++lane) std::memset(to + lane * ld, 0, ld * sizeof(T));
+  const int64_t rest = block.vectors * kLanes<ComputeOf<W>> - block.count;
+  std::memset(to + block.count * ld, 0, rest * ld * sizeof(W));
 }
 
 // The transposed tile [dim][lane], times a factor per lane, back into the tensor.
-template <typename E, typename T>
-void store_rows(const T* from, const T* factor, const RowPacking& packing, const RowBlock<T>& block, int dim,
+template <typename E, typename W, typename T = ComputeOf<W>>
+void store_rows(const T* from, const T* factor, const RowPacking& packing, const RowBlock<W>& block, int dim,
                 int64_t ld, T* scratch, const View& view) {
-  transpose(from, kBlockLanes<T>, static_cast<int>(ld), block.vectors * kLanes<T>, scratch, ld);
+  transpose(from, kBlockLanes<W>, static_cast<int>(ld), block.vectors * kLanes<T>, scratch, ld);
   for (int lane = 0; lane < block.count; ++lane) {
     T* row = scratch + lane * ld;
     for (int d = 0; d < ld; d += kLanes<T>) store(row + d, load(row + d) * factor[lane]);
@@ -120,39 +129,49 @@ void store_rows(const T* from, const T* factor, const RowPacking& packing, const
   }
 }
 
-// Keys or values [tile.begin, tile.end) as T, row-major; zeros up to the next whole block (leftovers there would be
+// Keys or values [tile.begin, tile.end) as W, row-major; zeros up to the next whole step (leftovers there would be
 // hidden, but could be denormals, which are slow).
-template <typename E, typename T>
-void load_tile(const View& view, int64_t batch, int64_t kv_head, KeyTile tile, int dim, T* to, int64_t ld) {
+template <typename E, typename W>
+void load_tile(const View& view, int64_t batch, int64_t kv_head, KeyTile tile, int dim, W* to, int64_t ld) {
   const int64_t keys = tile.end - tile.begin;
   for (int64_t k = 0; k < keys; ++k) load_padded_row(view.at<E>(batch, kv_head, tile.begin + k), dim, to + k * ld, ld);
-  std::memset(to + keys * ld, 0, (round_up(keys, kBlockRows) - keys) * ld * sizeof(T));
+  std::memset(to + keys * ld, 0, (round_up(keys, Operands<W>::kKeyStep) - keys) * ld * sizeof(W));
 }
 
 // True if any of the elements is NaN or inf.
-template <typename T>
-bool has_nonfinite(const T* from, int64_t count) {
+template <typename W>
+bool has_nonfinite(const W* from, int64_t count) {
+  using T = ComputeOf<W>;
   Mask<T> found = {};
   for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> v = load(from + i);
+    const Vec<T> v = load_as(from + i, T{});
     found |= (v - v) != 0;  // NaN for NaN and inf
   }
   return any(found);
 }
 
+// Queries are negated for a negative scale.
+template <typename W>
+void negate(W* p, int64_t count) {
+  using T = ComputeOf<W>;
+  for (int64_t i = 0; i < count; i += kLanes<T>) store_as(p + i, -load_as(p + i, T{}));
+}
+
 // Turns raw scores S^T into logits in log2 units, hidden ones -inf: scale, softcap, ALiBi, bias, masks.
-template <typename T>
+template <typename W>
 class Logits {
+  using T = ComputeOf<W>;
+
  public:
   Logits(const Problem& problem, Arena& arena) : problem_(problem) {
     plain_ = !problem.bias.data && problem.softcap == 0 && !problem.alibi_slopes && problem.scale != 0;
     if (problem.bias.data) {
-      bias_ = arena.take<T>(kTileKeys * kBlockLanes<T>);
-      bias_rows_ = arena.take<T>(kBlockLanes<T> * kTileKeys);
+      bias_ = arena.take<T>(kTileKeys * kBlockLanes<W>);
+      bias_rows_ = arena.take<T>(kBlockLanes<W> * kTileKeys);
     }
   }
   static size_t bytes(const Problem& problem) {
-    return problem.bias.data ? 2 * kTileKeys * kBlockLanes<T> * sizeof(T) + 2 * Arena::kAlign : 0;
+    return problem.bias.data ? 2 * kTileKeys * kBlockLanes<W> * sizeof(T) + 2 * Arena::kAlign : 0;
   }
 
   // True if the scores are hidden by nothing but intervals: logits are then factor() times the scores.
@@ -163,12 +182,12 @@ class Logits {
   // What the scores must still be multiplied with to be logits in log2 units. Q is negated for a negative
   // scale, so that the largest score is the largest logit.
   T factor() const { return plain_ ? static_cast<T>(magnitude() * kLog2e) : T(1); }
-  T query_sign() const { return problem_.scale < 0 ? T(-1) : T(1); }
+  bool negates_query() const { return problem_.scale < 0; }
 
   // slope, if given, receives d(softcapped score) / d(scaled score).
-  void operator()(const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin, const KeyRange& range,
+  void operator()(const RowPacking& packing, const RowBlock<W>& block, int64_t k_begin, const KeyRange& range,
                   T* scores, T* slope) {
-    constexpr int n = kLanes<T>, ld = kBlockLanes<T>;
+    constexpr int n = kLanes<T>, ld = kBlockLanes<W>;
     if (!plain_) {
       if (problem_.bias.data) load_bias(packing, block, k_begin, range);
       const T scale = static_cast<T>(magnitude());
@@ -202,7 +221,7 @@ class Logits {
  private:
   double magnitude() const { return problem_.scale < 0 ? -problem_.scale : problem_.scale; }
 
-  void hide(const RowBlock<T>& block, int64_t k_begin, const KeyRange& range, T* scores) const {
+  void hide(const RowBlock<W>& block, int64_t k_begin, const KeyRange& range, T* scores) const {
     constexpr int n = kLanes<T>;
     for (int v = 0; v < block.vectors; ++v) {
       Mask<T> lo, hi;
@@ -211,7 +230,7 @@ class Logits {
         hi[i] = static_cast<IntOf<T>>(clamp<int64_t>(block.hi[v * n + i] - k_begin, 0, range.padded));
       }
       for (int j = 0; j < range.padded; ++j) {
-        T* at = scores + j * kBlockLanes<T> + v * n;
+        T* at = scores + j * kBlockLanes<W> + v * n;
         const Mask<T> key = Mask<T>{} + static_cast<IntOf<T>>(j);
         store(at, (key >= lo) & (key < hi) ? load(at) : broadcast(-kInf<T>));
       }
@@ -220,8 +239,8 @@ class Logits {
 
   // bias_[key][lane]. Rows are read along the keys and transposed; one row serves all lanes where it
   // broadcasts.
-  void load_bias(const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin, const KeyRange& range) {
-    constexpr int n = kLanes<T>, ld = kBlockLanes<T>;
+  void load_bias(const RowPacking& packing, const RowBlock<W>& block, int64_t k_begin, const KeyRange& range) {
+    constexpr int n = kLanes<T>, ld = kBlockLanes<W>;
     const Bias& bias = problem_.bias;
     const bool one_row = bias.stride[2] == 0 && (packing.heads == 1 || bias.stride[1] == 0);
     const int rows = one_row ? 1 : block.count;
@@ -282,13 +301,13 @@ class Logits {
 };
 
 // Dropout's factors for the weights of a tile: factor[key][lane] is 0 or 1 / (1 - p).
-template <typename T>
-void dropout_factors(const Problem& problem, const RowPacking& packing, const RowBlock<T>& block, int64_t k_begin,
+template <typename W, typename T = ComputeOf<W>>
+void dropout_factors(const Problem& problem, const RowPacking& packing, const RowBlock<W>& block, int64_t k_begin,
                      const KeyRange& range, T* factor) {
   const Philox philox(problem.seed);
   const uint64_t threshold = dropout_threshold(problem.dropout_p);
   const T kept = problem.dropout_p < 1 ? static_cast<T>(1 / (1 - problem.dropout_p)) : T(0);
-  std::memset(factor, 0, range.padded * kBlockLanes<T> * sizeof(T));
+  std::memset(factor, 0, range.padded * kBlockLanes<W> * sizeof(T));
   for (int64_t four = k_begin / 4; four * 4 < k_begin + range.count; ++four) {
     for (int lane = 0; lane < block.count; ++lane) {
       const int64_t row = block.first + lane;
@@ -298,7 +317,7 @@ void dropout_factors(const Problem& problem, const RowPacking& packing, const Ro
              words);
       for (int i = 0; i < 4; ++i) {
         const int64_t j = four * 4 + i - k_begin;
-        if (j >= 0 && j < range.padded) factor[j * kBlockLanes<T> + lane] = words[i] >= threshold ? kept : T(0);
+        if (j >= 0 && j < range.padded) factor[j * kBlockLanes<W> + lane] = words[i] >= threshold ? kept : T(0);
       }
     }
   }
