@@ -10,7 +10,10 @@ import torch
 
 from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.flashx)
 from .masks import IntervalMask
-from .problem import Inputs, Problem, accumulation_dtype
+from .problem import Inputs, Problem, accumulation_dtype, check_dense
+
+
+_WIDEST = 2**62
 
 
 class AttentionResult(NamedTuple):
@@ -252,6 +255,9 @@ def _arguments(
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     softcap = _number("softcap", softcap)
     dropout_p = _number("dropout_p", dropout_p)
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("bias", bias)):
+        if tensor is not None:
+            check_dense(name, tensor)
     for name, tensor in (("query", query), ("key", key)):
         if tensor.dim() != 4:
             raise ValueError(
@@ -299,8 +305,8 @@ def _window(window: Any) -> tuple[int | None, int | None]:
             continue
         if isinstance(width, bool) or not isinstance(width, (int, torch.SymInt)):
             raise TypeError(f"window's {side} width must be an int or None, got {width!r}")
-        if width < 0:
-            raise ValueError(f"window's {side} width must be >= 0 (None is unbounded), got {width}")
+        if not 0 <= width <= _WIDEST:
+            raise ValueError(f"window's {side} width must be >= 0 and at most 2**62 (None is unbounded), got {width}")
     return left, right
 
 

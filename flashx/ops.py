@@ -62,11 +62,16 @@ def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _describe(arguments: Sequence[Any]) -> tuple[Problem, Inputs, dispatch.Backend]:
-    """What the arguments that _PROBLEM lists mean: checked, and with a backend chosen."""
+def _check(arguments: Sequence[Any]) -> tuple[Problem, Inputs]:
+    """The arguments that _PROBLEM lists, checked against each other and described."""
     inputs = Inputs(*arguments[:_TENSORS])
-    left, right, shift, scale, softcap, dropout_p, backend = arguments[_TENSORS:]
-    problem = Problem.from_tensors(inputs, IntervalMask(left, right, shift), scale, softcap, dropout_p)
+    left, right, shift, scale, softcap, dropout_p, _ = arguments[_TENSORS:]
+    return Problem.from_tensors(inputs, IntervalMask(left, right, shift), scale, softcap, dropout_p), inputs
+
+
+def _describe(arguments: Sequence[Any]) -> tuple[Problem, Inputs, dispatch.Backend]:
+    """As _check, with a backend chosen and the tensors in the form that backends take."""
+    problem, inputs = _check(arguments)
     inputs = inputs._replace(
         query=_last_contiguous(inputs.query),
         key=_last_contiguous(inputs.key),
@@ -74,7 +79,7 @@ def _describe(arguments: Sequence[Any]) -> tuple[Problem, Inputs, dispatch.Backe
         alibi_slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes.contiguous(),
         sinks=None if inputs.sinks is None else inputs.sinks.contiguous(),
     )
-    return problem, inputs, dispatch.choose(problem, backend)
+    return problem, inputs, dispatch.choose(problem, arguments[-1])
 
 
 def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,11 +108,15 @@ def _attention_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _attention_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(arguments[0], arguments[2])
+    _, inputs = _check(arguments)
+    return _outputs(inputs.query, inputs.value)
 
 
 def _attention_backward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    return _gradients(Inputs(*arguments[:_TENSORS]), *arguments[-2:])
+    *described, out, lse, grad_out, grad_lse, bias_grad, sinks_grad = arguments
+    problem, inputs = _check(described)
+    check_backward(problem, inputs, out, lse, grad_out, grad_lse, bias_grad, sinks_grad)
+    return _gradients(inputs, bias_grad, sinks_grad)
 
 
 class _Attention(torch.autograd.Function):

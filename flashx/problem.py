@@ -128,8 +128,7 @@ class Problem:
 def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv): one dtype, one device, GQA ratio."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.is_nested or tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense strided tensor, got layout {tensor.layout}")
+        check_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, dim), got shape {shape(tensor)}")
         if tensor.dtype not in DTYPES:
@@ -153,6 +152,13 @@ def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> No
         raise ValueError(f"query's heads must be a multiple of key's heads, got {q_heads} and {kv_heads}")
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """A tensor with strides: neither sparse nor nested."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense strided tensor, got layout {layout}")
+
+
 def check_bias(query: torch.Tensor, bias: torch.Tensor | None, full: tuple[int, int, int, int]) -> None:
     """bias: bool, float32 or query's dtype; broadcastable to (B, Hq, Lq, Lk)."""
     if bias is None:
@@ -161,8 +167,7 @@ def check_bias(query: torch.Tensor, bias: torch.Tensor | None, full: tuple[int, 
         raise TypeError(f"bias must be bool, float32 or query's dtype {query.dtype}, got {bias.dtype}")
     if bias.device != query.device:
         raise ValueError(f"bias must be on query's device {query.device}, got {bias.device}")
-    if bias.is_nested or bias.layout != torch.strided:
-        raise TypeError(f"bias must be a dense strided tensor, got layout {bias.layout}")
+    check_dense("bias", bias)
     fits = bias.dim() <= 4 and all(
         have in (1, want) for have, want in zip(reversed(bias.shape), reversed(full), strict=False)
     )

@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/poison.h"
 #include "cpu/tile.h"
 
 namespace flashx::FLASHX_ISA {
@@ -41,6 +42,7 @@ class Gradient {
         logits(problem, arena) {
     key = arena.take<W>(kTileKeys * dim);
     value = arena.take<W>(kTileKeys * value_dim);
+    clean_key_room = arena.take<W>(kTileKeys * dim);
     weights = arena.take<T>(kTileKeys * ld);
     grad_logits = arena.take<T>(kTileKeys * ld);
     tile_room = arena.take<W>(Op::room(kTileKeys, ld));
@@ -59,7 +61,15 @@ class Gradient {
   void load_key_tile(int64_t batch, int64_t kv_head, KeyTile tile) {
     load_tile<E>(tensors.key, batch, kv_head, tile, problem.head_dim, key, dim);
     load_tile<E>(tensors.value, batch, kv_head, tile, problem.value_dim, value, value_dim);
-    keys_poisoned = has_nonfinite(key, (tile.end - tile.begin) * dim);
+    // Scores want the keys as they are, dQ wants them without NaN and inf.
+    clean_key = key;
+    poison.clear();
+    const int keys = static_cast<int>(tile.end - tile.begin);
+    if (has_nonfinite(key, keys * dim)) {
+      std::memcpy(clean_key_room, key, kTileKeys * dim * sizeof(W));
+      poison.take(clean_key_room, dim, keys, problem.head_dim);
+      clean_key = clean_key_room;
+    }
   }
 
   void load_row_block(const RowPacking& packing, int64_t first, int count, Rows& to) {
@@ -131,13 +141,15 @@ class Gradient {
   Arena arena;
   Logits<W> logits;
   std::unique_ptr<Rows[]> rows;
-  bool keys_poisoned = false;
-  W* key;           // [key][dim]
-  W* value;         // [key][value dim]
-  T* weights;       // [key][lane]
-  T* grad_logits;   // [key][lane]
-  W* tile_room;     // for either of the two as an operand
-  W* operand_room;  // for K, Q or dO in another form
+  Poison<W> poison;  // of the key tile
+  W* key;            // [key][dim]
+  W* clean_key_room;
+  const W* clean_key;  // key, or a copy of it without NaN and inf
+  W* value;            // [key][value dim]
+  T* weights;          // [key][lane]
+  T* grad_logits;      // [key][lane]
+  W* tile_room;        // for either of the two as an operand
+  W* operand_room;     // for K, Q or dO in another form
   T* slope = nullptr;
   T* dropout = nullptr;
 
@@ -145,9 +157,9 @@ class Gradient {
   size_t bytes(int row_blocks) const {
     const int64_t dims = dim + value_dim;
     const int64_t operands =
-        kTileKeys * dims + Op::room(kTileKeys, ld) + Op::room(kTileKeys, dims) + row_blocks * 2 * ld * dims;
+        kTileKeys * (dims + dim) + Op::room(kTileKeys, ld) + Op::room(kTileKeys, dims) + row_blocks * 2 * ld * dims;
     // The sweeps' own sums: a key tile, or as many row blocks as there are.
-    const int64_t sums = kTileKeys * (4 * ld + dims) + (row_blocks + 1) * ld * dims;
+    const int64_t sums = kTileKeys * (5 * ld + dims) + (row_blocks + 1) * ld * dims;
     return operands * sizeof(W) + sums * sizeof(T) + Logits<W>::bytes(problem) + (20 + 8 * row_blocks) * Arena::kAlign;
   }
 };
@@ -210,23 +222,17 @@ class GradKeyValue {
     product(hides, range, rows.block, step_.weights, rows.grad_out, step_.value_dim, grad_value_);
     step_.apply_softcap_slope(range);
     product(hides, range, rows.block, step_.grad_logits, rows.query, step_.dim, grad_key_);
-    if constexpr (kSumsInPlace<E>) add_grad_query(packing, tile, rows.block, hides, range, turns);
+    if constexpr (kSumsInPlace<E>) add_grad_query(packing, tile, rows.block, range, turns);
   }
 
   // dQ += dS K
-  void add_grad_query(const RowPacking& packing, KeyTile tile, const RowBlock<W>& block, bool hides,
-                      const KeyRange& range, Turns& turns) {
+  void add_grad_query(const RowPacking& packing, KeyTile tile, const RowBlock<W>& block, const KeyRange& range,
+                      Turns& turns) {
     const Problem& problem = step_.problem;
-    const T* key = step_.key + range.offset * step_.dim;
     const int lanes = static_cast<int>(round_up(block.count, kBlockRows));
-    if (hides && step_.keys_poisoned) {
-      std::memset(grad_query_, 0, lanes * step_.dim * sizeof(T));
-      multiply_visible<Layout::ColumnMajor, Weights::InA>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits,
-                                                          ld, key, step_.dim, grad_query_, step_.dim);
-    } else {
-      multiply<Layout::ColumnMajor>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits, ld, key, step_.dim,
-                                    grad_query_, step_.dim, false);
-    }
+    multiply<Layout::ColumnMajor>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits, ld,
+                                  step_.clean_key + range.offset * step_.dim, step_.dim, grad_query_, step_.dim, false);
+    step_.poison.add_to_lanes(step_.grad_logits, range.offset, range.count, lanes, grad_query_, step_.dim);
     const RowSchedule schedule(problem.mask, problem.k_len, block.q_first, block.q_last, kTileKeys);
     const int64_t index = tile.begin / kTileKeys, turn = index - schedule.first();
     const int64_t sum = (packing.batch * problem.kv_heads + packing.kv_head) * row_blocks(problem) + block.first / ld;
@@ -245,25 +251,22 @@ class GradKeyValue {
   }
 
   // acc[key][dim] += tile[key][lane] values[lane][dim]
-  void product(bool hides, const KeyRange& range, const RowBlock<W>& block, const T* tile, const W* values, int dim,
-               T* acc) {
-    const int lanes = block.vectors * kLanes<T>, summands = Op::depth(block.count, lanes);
+  void product(bool hides, const KeyRange& range, const RowBlock<W>& block, const T* tile, W* values, int dim, T* acc) {
+    const int lanes = block.vectors * kLanes<T>;
+    const bool poisoned = hides && poison_.take(values, dim, block.count, dim);
     const W* weights = Op::left_from_tile(tile, ld, range.padded, block.vectors, step_.tile_room);
     const W* right = Op::right_from_rows(values, dim, lanes, dim, step_.operand_room);
     T* to = acc + range.offset * dim;
-    if (hides && has_nonfinite(values, block.count * dim)) {
-      multiply_visible<Layout::RowMajor, Weights::InA>(range.padded, dim / kLanes<T>, summands, weights, ld, right,
-                                                       Op::right_ld(dim), to, dim);
-    } else {
-      multiply<Layout::RowMajor>(range.padded, dim / kLanes<T>, summands, weights, ld, right, Op::right_ld(dim), to,
-                                 dim, true);
-    }
+    multiply<Layout::RowMajor>(range.padded, dim / kLanes<T>, Op::depth(block.count, lanes), weights, ld, right,
+                               Op::right_ld(dim), to, dim, true);
+    if (poisoned) poison_.add_to_keys(tile, range.count, to, dim);
   }
 
   Gradient<E> step_;
   T* grad_key_;              // [key][dim]
   T* grad_value_;            // [key][value dim]
   T* grad_query_ = nullptr;  // [lane][dim]: this key tile's part
+  Poison<W> poison_;         // of a row block's Q or dO
 };
 
 // Owns dQ of one row tile; sweeps the key tiles that it sees.
@@ -295,8 +298,8 @@ class GradQuery {
                                kTileKeys);
     for (const KeyTile tile : schedule) {
       step_.load_key_tile(packing.batch, packing.kv_head, tile);
-      key_ = Op::left_from_columns(step_.key, step_.dim, static_cast<int>(tile.end - tile.begin), step_.dim,
-                                   step_.operand_room, key_ld(step_.dim));
+      key_ = Op::left_from_columns(step_.clean_key, step_.dim, static_cast<int>(tile.end - tile.begin), step_.dim,
+                                   step_.operand_room, Op::left_ld(step_.dim, kTileKeys));
       for (int i = 0; i < blocks; ++i) accumulate(packing, tile, i);
     }
     T factor[ld];
@@ -316,19 +319,13 @@ class GradQuery {
     step_(packing, rows, tile, range);
     step_.apply_softcap_slope(range);
     // dQ^T += K^T dS^T
-    const W* key = key_ + Op::left_offset(range.offset, key_ld(step_.dim));
     const W* weights = Op::right_from_tile(step_.grad_logits, ld, range.padded, block.vectors, step_.tile_room);
-    const int summands = Op::depth(range.count, range.padded);
-    if (step_.keys_poisoned && (!range.full || !step_.logits.only_intervals())) {
-      multiply_visible<Op::kTransposed, Weights::InB>(step_.dim, block.vectors, summands, key, key_ld(step_.dim),
-                                                      weights, Op::right_ld(ld), grad_query_[i], ld);
-    } else {
-      multiply<Op::kTransposed>(step_.dim, block.vectors, summands, key, key_ld(step_.dim), weights, Op::right_ld(ld),
-                                grad_query_[i], ld, true);
-    }
+    const int64_t key_ld = Op::left_ld(step_.dim, kTileKeys);
+    multiply<Op::kTransposed>(step_.dim, block.vectors, Op::depth(range.count, range.padded),
+                              key_ + Op::left_offset(range.offset, key_ld), key_ld, weights, Op::right_ld(ld),
+                              grad_query_[i], ld, true);
+    step_.poison.add_to_columns(step_.grad_logits, range.offset, range.count, grad_query_[i]);
   }
-
-  static int64_t key_ld(int64_t dim) { return Op::left_ld(dim, kTileKeys); }
 
   Gradient<E> step_;
   const W* key_;               // the key tile as a left operand, summed over the keys

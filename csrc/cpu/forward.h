@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/poison.h"
 #include "cpu/tile.h"
 
 namespace flashx::FLASHX_ISA {
@@ -53,10 +54,11 @@ class Forward {
       load_tile<E>(tensors_.key, packing.batch, packing.kv_head, tile, problem_.head_dim, key_, dim_);
       load_tile<E>(tensors_.value, packing.batch, packing.kv_head, tile, problem_.value_dim, value_, value_dim_);
       const int keys = static_cast<int>(tile.end - tile.begin);
+      const bool hides = tile.kind != TileKind::Full || !logits_.only_intervals();
+      poison_.clear();
+      if (hides) poison_.take(value_, value_dim_, keys, problem_.value_dim);
       const int64_t value_ld = Op::left_ld(value_dim_, kTileKeys);
       const W* value = Op::left_from_columns(value_, value_dim_, keys, value_dim_, value_room_, value_ld);
-      const bool hides = tile.kind != TileKind::Full || !logits_.only_intervals();
-      const bool poisoned = hides && has_nonfinite(value_, keys * value_dim_);
       for (int i = 0; i < blocks; ++i) {
         State& state = states_[i];
         const RowBlock<W>& block = state.block;
@@ -70,15 +72,10 @@ class Forward {
         if (dropout_) drop(packing, block, tile.begin + range.offset, range);
         // O^T += V^T P^T
         const W* weights = Op::right_from_tile(scores_, ld, range.padded, block.vectors, weights_room_);
-        const W* value_begin = value + Op::left_offset(range.offset, value_ld);
-        const int summands = Op::depth(range.count, range.padded);
-        if (poisoned) {
-          multiply_visible<Op::kTransposed, Weights::InB>(value_dim_, block.vectors, summands, value_begin, value_ld,
-                                                          weights, Op::right_ld(ld), state.acc, ld);
-        } else {
-          multiply<Op::kTransposed>(value_dim_, block.vectors, summands, value_begin, value_ld, weights,
-                                    Op::right_ld(ld), state.acc, ld, true);
-        }
+        multiply<Op::kTransposed>(value_dim_, block.vectors, Op::depth(range.count, range.padded),
+                                  value + Op::left_offset(range.offset, value_ld), value_ld, weights, Op::right_ld(ld),
+                                  state.acc, ld, true);
+        poison_.add_to_columns(scores_, range.offset, range.count, state.acc);
       }
     }
     for (int i = 0; i < blocks; ++i) finish(packing, states_[i]);
@@ -192,6 +189,7 @@ class Forward {
   typename Op::Unit unit_;
   Arena arena_;
   Logits<W> logits_;
+  Poison<W> poison_;
   State states_[kRowBlocks];
   W* key_;           // [key][dim]
   W* value_;         // [key][value dim]

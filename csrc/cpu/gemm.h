@@ -22,13 +22,6 @@ FLASHX_CORE void multiply_block(int depth, const T* a, int64_t a_ld, const T* b,
                                 bool accumulate) {
   constexpr int n = kLanes<T>;
   Vec<T> acc[kBlockRows][vectors] = {};
-  if (accumulate) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kBlockRows; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) acc[m][v] = load(c + m * c_ld + v * n);
-    }
-  }
   for (int k = 0; k < depth; ++k) {
     Vec<T> row[vectors];
 #pragma GCC unroll 4
@@ -43,7 +36,11 @@ FLASHX_CORE void multiply_block(int depth, const T* a, int64_t a_ld, const T* b,
 #pragma GCC unroll 8
   for (int m = 0; m < kBlockRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store(c + m * c_ld + v * n, acc[m][v]);
+    for (int v = 0; v < vectors; ++v) {
+      T* at = c + m * c_ld + v * n;
+      // Added last: long sums are then sums of tiles' sums, which round less than one running sum.
+      store(at, accumulate ? load(at) + acc[m][v] : acc[m][v]);
+    }
   }
 }
 
@@ -173,53 +170,6 @@ void multiply(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld,
       _tile_stored(1, top + n, c_bytes);
       _tile_stored(2, bottom, c_bytes);
       _tile_stored(3, bottom + n, c_bytes);
-    }
-  }
-}
-
-#endif
-
-// Which operand holds the attention weights, whose zeros mean "hidden".
-enum class Weights { InA, InB };
-
-// As multiply with accumulate, but a weight of 0 contributes nothing whatever it meets: 0 * NaN would be NaN.
-// For the rare tile that is partly hidden and holds NaN or inf.
-template <Layout layout, Weights weights, typename T>
-void multiply_visible(int rows, int vectors, int depth, const T* a, int64_t a_ld, const T* b, int64_t b_ld, T* c,
-                      int64_t c_ld) {
-  for (int m = 0; m < rows; ++m) {
-    for (int v = 0; v < vectors; ++v) {
-      T* sum = c + m * c_ld + v * kLanes<T>;
-      Vec<T> acc = load(sum);
-      for (int k = 0; k < depth; ++k) {
-        const T x = layout == Layout::RowMajor ? a[m * a_ld + k] : a[k * a_ld + m];
-        const Vec<T> y = load(b + k * b_ld + v * kLanes<T>);
-        if (weights == Weights::InA) {
-          if (x != 0) acc += x * y;
-        } else {
-          acc = y == 0 ? acc : acc + x * y;
-        }
-      }
-      store(sum, acc);
-    }
-  }
-}
-
-#if FLASHX_BF16
-
-// As above, for pairs, element by element: this is never the fast path.
-template <Layout layout, Weights weights>
-void multiply_visible(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b,
-                      int64_t b_ld, float* c, int64_t c_ld) {
-  static_assert(layout == Layout::RowMajor);
-  const auto widened = [](BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); };
-  for (int m = 0; m < rows; ++m) {
-    for (int k = 0; k < depth; ++k) {
-      const float x = widened(a[m * a_ld + k]);
-      for (int n = 0; n < vectors * kLanes<float>; ++n) {
-        const float y = widened(b[k / 2 * b_ld + 2 * n + k % 2]);
-        if ((weights == Weights::InA ? x : y) != 0) c[m * c_ld + n] += x * y;
-      }
     }
   }
 }
