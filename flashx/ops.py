@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .masks import IntervalMask
@@ -132,7 +133,6 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
         nothing = (None,) * (_TENSORS + len(ctx.options))
@@ -148,12 +148,38 @@ class _Attention(torch.autograd.Function):
         return (query, key, value, bias, None, sinks, *nothing[6:])
 
 
-def _attention_autograd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+class _AttentionBackward(torch.autograd.Function):
+    """The backward's derivative: an error, where a missing one would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.flashx.attention_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise NotImplementedError("flashx's attention has no second derivative; torch's math attention has one")
+
+
+def _differentiable(arguments: Sequence[Any]) -> bool:
     # torch.library.register_autograd asks the same through pytrees, which costs more than a short attention.
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:_TENSORS]):
+    if forward_ad._current_level >= 0:
+        return True  # autograd.Function says that there is no forward derivative
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in arguments)
+
+
+def _attention_autograd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if _differentiable(arguments):
         return _Attention.apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.flashx.attention(*arguments)
+
+
+def _attention_backward_autograd(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    if _differentiable(arguments):
+        return _AttentionBackward.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flashx.attention_backward(*arguments)
 
 
 for _key in ("CPU", "CUDA"):
@@ -162,3 +188,4 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("flashx::attention", _attention_fake, lib=_library)
 torch.library.register_fake("flashx::attention_backward", _attention_backward_fake, lib=_library)
 _library.impl("attention", _attention_autograd, "Autograd")
+_library.impl("attention_backward", _attention_backward_autograd, "Autograd")

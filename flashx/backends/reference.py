@@ -51,7 +51,8 @@ def naive(problem: Problem, inputs: Inputs) -> Naive:
     if sinks is not None:
         logits = torch.cat([logits, sinks[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
     lse = torch.logsumexp(logits, dim=-1)
-    weights = torch.exp(logits - torch.where(lse == -torch.inf, 0, lse)[..., None])[..., : problem.k_len]
+    weights = torch.softmax(logits, dim=-1)[..., : problem.k_len]
+    weights = torch.where(lse[..., None] == -torch.inf, 0, weights)
     kept = torch.ones((), dtype=query.dtype)
     if seed is not None:
         kept = philox.keep_mask(int(seed), problem.dropout_p, *weights.shape).to(weights)
