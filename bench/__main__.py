@@ -1,0 +1,7 @@
+"""``python -m flashx.bench``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
