@@ -32,7 +32,7 @@ GRADIENTS = ("grad_query", "grad_key", "grad_value")
 # (query, key) pairs over all heads: the most that are compared (but always a whole group of query heads), and the most
 # that are in memory at a time.
 CHECKED_PAIRS = 2**22
-CHUNK_PAIRS = 2**21
+CHUNK_PAIRS = 2**20
 # A case of fewer pairs gets its budget from several draws, up to DRAWS.
 ENOUGH_PAIRS = 2**20
 DRAWS = 8

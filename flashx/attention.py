@@ -12,7 +12,6 @@ from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.flashx)
 from .masks import IntervalMask
 from .problem import Inputs, Problem, accumulation_dtype, check_dense
 
-
 _WIDEST = 2**62
 
 

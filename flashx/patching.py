@@ -56,7 +56,7 @@ def patch() -> Patched:
         if _saved is None:
             functional, mha = torch.nn.functional, torch.backends.mha
             _saved = _Saved(functional.scaled_dot_product_attention, mha.get_fastpath_enabled())
-            functional.scaled_dot_product_attention = scaled_dot_product_attention
+            functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
             mha.set_fastpath_enabled(False)
         _depth += 1
     return Patched()

@@ -1,4 +1,4 @@
-"""The support matrix: features x backends, asked of the backends themselves. ``python -m flashx.support_matrix`` prints it."""
+"""The support matrix: features x backends, asked of the backends. ``python -m flashx.support_matrix`` prints it."""
 
 from __future__ import annotations
 

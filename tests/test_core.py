@@ -46,7 +46,7 @@ def test_tile_kind_is_what_the_elements_say(left: int | None, right: int | None,
 
 @pytest.mark.parametrize("left, right, shift", MASKS)
 @pytest.mark.parametrize("tile_len", [1, 2, 3, 4])
-def test_schedules_visit_exactly_what_is_visible(left: int | None, right: int | None, shift: int, tile_len: int) -> None:
+def test_schedules_visit_what_is_visible(left: int | None, right: int | None, shift: int, tile_len: int) -> None:
     core, python = _C.core.IntervalMask(left, right, shift), masks.IntervalMask(left, right, shift)
     for q_len, k_len in itertools.product((1, 2, 5, 7), (0, 1, 4, 7)):
         dense = python.dense(q_len, k_len)
@@ -89,7 +89,7 @@ def test_rows_and_columns_name_the_same_tiles(left: int | None, right: int | Non
         for q_first in range(0, q_len, block):
             q_last = min(q_first + block, q_len) - 1
             by_row = [tile[0] for tile in _C.core.row_schedule(core, k_len, q_first, q_last, tile_len)]
-            by_column = [begin for begin, (first, end) in columns.items() if max(first, q_first) < min(end, q_last + 1)]
+            by_column = [k for k, (first, end) in columns.items() if max(first, q_first) < min(end, q_last + 1)]
             assert by_row == by_column
 
 

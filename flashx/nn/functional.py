@@ -150,7 +150,7 @@ def _why_torch(tensors: tuple[Any, ...], dropout_p: Any, is_causal: Any, scale: 
         return "forward-mode differentiation is active"
     if not (torch._C._get_flash_sdp_enabled() and torch._C._get_math_sdp_enabled()):
         return "torch.nn.attention.sdpa_kernel excludes one of torch's CPU kernels"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace records torch's operator"
     if _is_exporting():
         return "torch.export records torch's operator"
