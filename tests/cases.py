@@ -99,6 +99,8 @@ class Case:
             values = _BIAS_VALUES[self.bias.values](draw(*(sizes[letter] for letter in self.bias.shape)))
             if values.is_floating_point():
                 values = values.to(torch.float32 if self.bias.values == "add32" else dtype)
+            if self.bias.values == "lowest":
+                values = values.nan_to_num()
             bias = STORAGES[self.bias.storage](values)
         if self.alibi is not None:
             slopes = draw(*(sizes[letter] for letter in self.alibi)).abs().to(wide)
@@ -209,6 +211,7 @@ _BIAS_VALUES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "add_large": lambda values: 40 * values,
     "hide": lambda values: values.masked_fill(values < -0.5, -torch.inf),
     "hide_rows": lambda values: values.masked_fill(~_hidden_rows(values), -torch.inf),
+    "lowest": lambda values: torch.zeros_like(values).masked_fill(~_hidden_rows(values), -torch.inf),  # but finite
     "hide_all": lambda values: torch.full_like(values, -torch.inf),
     "bool": lambda values: values > 0,
     "bool_rows": _hidden_rows,

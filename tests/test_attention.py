@@ -155,3 +155,16 @@ def test_rows_that_see_nothing(engine: str) -> None:
     # shift = -67: row 65's window ends at key -1, row 66's at key 0.
     assert (results["lse"][..., :66] == -torch.inf).all() and results["lse"][..., 66:].isfinite().all()
     assert (results["out"][..., :66, :] == 0).all() and (results["grad_query"][..., :66, :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_rows_at_the_lowest_finite_bias(dtype: torch.dtype, engine: str) -> None:
+    """torch.finfo(dtype).min, the mask of many models, hides nothing: a row full of it weighs all keys the same.
+
+    Beside a key at 0 it is as good as hidden. Of a row full of it, lse keeps nothing but that, so out alone is checked.
+    """
+    case = Case(33, 170, 8, heads=2, bias=Bias("qk", "lowest"))
+    out, lse = flashx.attention(**case.inputs(dtype).arguments(), return_lse=True, backend=engine)
+    expected, budgets = tolerance.oracle(case, dtype), tolerance.budgets(case, dtype)
+    tolerance.compare(f"{case} {dtype} out", out, expected["out"], budgets["out"])
+    assert lse.isfinite().all()

@@ -79,7 +79,7 @@ def test_schedules_visit_what_is_visible(left: int | None, right: int | None, sh
 @pytest.mark.parametrize("left, right, shift", MASKS)
 @pytest.mark.parametrize("tile_len", [1, 2, 3])
 def test_rows_and_columns_name_the_same_tiles(left: int | None, right: int | None, shift: int, tile_len: int) -> None:
-    """Key tiles take turns at adding to dQ: a tile that only one of the schedules named would leave the other waiting."""
+    """Key tiles take turns at adding to dQ: a tile that only one schedule named would keep the others waiting."""
     core = _C.core.IntervalMask(left, right, shift)
     for q_len, k_len, block in itertools.product((1, 4, 7), (1, 5, 7), (1, 2, 3)):
         columns = {

@@ -278,3 +278,25 @@ def test_the_first_rows_of_a_causal_sequence_do_not_see_its_rest(engine: str) ->
             *(t[:, :, :n] for t in (inputs.query, inputs.key, inputs.value)), causal=True, backend=engine
         )
         tolerance.compare(f"first {n}", part, whole["out"][:, :, :n], 2 * budgets["out"])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    "left, right", [(None, 0), (0, None), (40, 170), (-3, 60), (200, -130), (0, 0), (-5, 4), (None, None)]
+)
+@pytest.mark.parametrize("shift", [-320, -90, 0, 7, 250, 410])
+def test_any_interval_is_a_mask(shift: int, left: int | None, right: int | None, engine: str) -> None:
+    """The operator takes any interval, empty ones too; sweeps over rows and over keys must name the same tiles."""
+    case = Case(150, 400, 8, heads=4, kv_heads=2)
+    inputs = case.inputs(torch.float32)
+    dense = IntervalMask(left, right, shift).dense(case.q_len, case.k_len)
+    torch.set_num_threads(2)
+    results = []
+    for interval, mask in (((left, right, shift), None), ((None, None, 0), dense)):
+        leaves = [tensor.detach().requires_grad_() for tensor in (inputs.query, inputs.key, inputs.value)]
+        out, lse = torch.ops.flashx.attention(*leaves, mask, None, None, None, *interval, 0.3, 0.0, 0.0, engine)
+        grads = torch.autograd.grad((out, lse), leaves, (inputs.grad_out, inputs.grad_lse))
+        results.append((out.detach(), lse.detach(), *grads))
+    budgets = tolerance.budgets(replace(case, bias=Bias("qk", "bool_rows"), scale=0.3), torch.float32)
+    for name, actual, expected in zip(budgets, *results, strict=True):
+        tolerance.compare(name, actual, expected, 2 * budgets[name])

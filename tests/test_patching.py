@@ -214,6 +214,17 @@ class Block(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
+def test_nested_tensors_need_the_fast_path() -> None:
+    """torch's modules take nested tensors only there; it says so, and can be switched on again under the patch."""
+    attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    nested = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)])
+    with flashx.patch(), torch.no_grad():
+        with pytest.raises(AssertionError, match=r"fast path was not hit because .*get_fastpath_enabled"):
+            attention(nested, nested, nested)
+        torch.backends.mha.set_fastpath_enabled(True)
+        assert attention(nested, nested, nested)[0].is_nested
+
+
 def compiled_operators(model: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Callable[..., Any], list[str]]:
     """The model compiled to one graph, and a list that gets the operators of every graph made."""
     from torch._dynamo.backends.common import aot_autograd

@@ -185,7 +185,7 @@ def ulp(expected: torch.Tensor, dtype: torch.dtype) -> float:
     """The dtype's unit in the last place at the largest finite value."""
     finite = expected[expected.isfinite()].abs()
     largest = finite.max().item() if finite.numel() else 0.0
-    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+    return math.ldexp(torch.finfo(dtype).eps, math.frexp(largest)[1] - 1) if largest else 0.0
 
 
 def budgets(case: Case, dtype: torch.dtype) -> dict[str, float]:
