@@ -209,6 +209,7 @@ def explain(
         dropout_p,
         scale,
         backend,
+        draw=False,
     )
     problem = Problem.from_tensors(Inputs(*tensors), IntervalMask(left, right, shift), scale, softcap, dropout_p)
     dispatch.check_name(backend)
@@ -232,6 +233,7 @@ def _arguments(
     dropout_p: Any,
     scale: Any,
     backend: Any,
+    draw: bool = True,
 ) -> tuple[Any, ...]:
     """The operator's arguments; checks what the operator's own checks (Problem.from_tensors) can no longer see."""
     for name, tensor, optional in (
@@ -279,7 +281,8 @@ def _arguments(
         sinks = _in_accumulation_dtype("sinks", sinks, query)
     seed = None
     if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device)
+        options = {"dtype": torch.int64, "device": query.device}
+        seed = torch.randint(2**63 - 1, (), **options) if draw else torch.zeros((), **options)
     shift = key.shape[2] - query.shape[2]
     return (
         query, key, value, bias, alibi_slopes, sinks, seed,

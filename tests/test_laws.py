@@ -14,6 +14,7 @@ import pytest
 import tolerance
 import torch
 from cases import STORAGES, Bias, Case, Inputs
+from conftest import ENGINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +32,8 @@ LARGE = [
 ]
 
 
-def ids(values: Sequence[object]) -> list[str]:
-    return [str(value) for value in values]
+# torch's matmul, and so the reference, does not promise the bits.
+kernels = pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "reference"], indirect=True)
 
 
 def assert_same(actual: tolerance.Results, expected: tolerance.Results) -> None:
@@ -50,12 +51,12 @@ def test_same_bits_every_time(case: Case, dtype: torch.dtype, engine: str) -> No
         assert_same(tolerance.attend(case, inputs, engine), first)
 
 
+@kernels
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_same_bits_on_any_number_of_threads(case: Case, engine: str) -> None:
-    if engine == "reference":
-        pytest.skip("torch's matmul does not promise this")
-    inputs = case.inputs(torch.float32)
+def test_same_bits_on_any_number_of_threads(case: Case, dtype: torch.dtype, engine: str) -> None:
+    inputs = case.inputs(dtype)
     torch.set_num_threads(1)
     alone = tolerance.attend(case, inputs, engine)
     for count in (2, 3):
@@ -69,10 +70,9 @@ def _batch(inputs: Inputs, index: torch.Tensor) -> Inputs:
     return inputs.map(lambda tensor: tensor[index] if tensor.dim() > 1 and tensor.shape[0] == size else tensor)
 
 
+@kernels
 @pytest.mark.parametrize("case", LARGE[:3], ids=str)
 def test_a_permuted_batch_permutes_the_result(case: Case, engine: str) -> None:
-    if engine == "reference":
-        pytest.skip("torch's matmul does not promise this")
     case = replace(case, dropout_p=0.0)  # its bits depend on the place in the batch
     inputs = case.inputs(torch.float32)
     order = torch.arange(case.batch).roll(1)
@@ -82,13 +82,13 @@ def test_a_permuted_batch_permutes_the_result(case: Case, engine: str) -> None:
         tolerance.same_bits(name, permuted[name], results[name][order])
 
 
+@kernels
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE[:3], ids=str)
-def test_a_sequence_does_not_depend_on_its_neighbours(case: Case, engine: str) -> None:
-    if engine == "reference":
-        pytest.skip("torch's matmul does not promise this")
+def test_a_sequence_does_not_depend_on_its_neighbours(case: Case, dtype: torch.dtype, engine: str) -> None:
     case = replace(case, dropout_p=0.0)
-    inputs = case.inputs(torch.float32)
+    inputs = case.inputs(dtype)
     torch.set_num_threads(2)
     together = tolerance.attend(case, inputs, engine)
     for index in range(case.batch):
@@ -103,7 +103,6 @@ def test_strides_do_not_matter(storage: str, engine: str) -> None:
     case = Case(65, 131, 24, 40, batch=2, heads=4, kv_heads=2, bias=Bias("bhqk"), causal=True)
     plain = case.inputs(torch.float32)
     stored = plain.map(lambda tensor: STORAGES[storage](tensor) if tensor.dim() == 4 else tensor)
-    # Padded by rows that this test's bits do not depend on.
     assert_same(tolerance.attend(case, stored, engine), tolerance.attend(case, plain, engine))
 
 
@@ -123,23 +122,17 @@ def test_backward_does_not_depend_on_which_gradients_are_asked_for(case: Case, e
 # Two ways of saying the same.
 
 
-def assert_equal_within_budgets(
-    one: Case, actual: tolerance.Results, other: Case, expected: tolerance.Results, dtype: torch.dtype
-) -> None:
+def assert_equal(case: Case, actual: tolerance.Results, expected: tolerance.Results) -> None:
     """Each side may be its own budget away from the truth."""
-    budgets = tolerance.budgets(one, dtype), tolerance.budgets(other, dtype)
+    budgets = tolerance.budgets(case, torch.float32)
     for name in actual.keys() & expected.keys():
-        tolerance.compare(f"{one} {name}", actual[name], expected[name], sum(budget[name] for budget in budgets))
+        tolerance.compare(f"{case} {name}", actual[name], expected[name], 2 * budgets[name])
 
 
-def assert_equivalent(
-    one: Case, other: Case, change: Callable[[Inputs], Inputs], engine: str, dtype: torch.dtype = torch.float32
-) -> None:
+def assert_equivalent(one: Case, other: Case, change: Callable[[Inputs], Inputs], engine: str) -> None:
     """``one`` with its inputs and ``other`` with the changed ones give the same out, lse and gradients."""
-    inputs = one.inputs(dtype)
-    actual = tolerance.attend(one, inputs, engine)
-    expected = tolerance.attend(other, change(inputs), engine)
-    assert_equal_within_budgets(one, actual, one, expected, dtype)
+    inputs = one.inputs(torch.float32)
+    assert_equal(one, tolerance.attend(one, inputs, engine), tolerance.attend(other, change(inputs), engine))
 
 
 def _distance(case: Case) -> torch.Tensor:
@@ -183,7 +176,7 @@ def test_grouped_heads_are_repeated_heads(engine: str) -> None:
     expected = tolerance.attend(one, repeated, engine)
     for name in ("grad_key", "grad_value"):
         expected[name] = expected[name].unflatten(1, (2, 3)).sum(2)
-    assert_equal_within_budgets(one, actual, one, expected, torch.float32)
+    assert_equal(one, actual, expected)
 
 
 def test_a_sink_is_a_key_with_value_zero(engine: str) -> None:
@@ -198,7 +191,7 @@ def test_a_sink_is_a_key_with_value_zero(engine: str) -> None:
     )
     for name in ("grad_key", "grad_value"):
         expected[name] = expected[name][..., :-1, :]
-    assert_equal_within_budgets(one, tolerance.attend(one, inputs, engine), one, expected, torch.float32)
+    assert_equal(one, tolerance.attend(one, inputs, engine), expected)
 
 
 def test_a_constant_on_all_logits_changes_lse_alone(engine: str) -> None:
@@ -207,7 +200,7 @@ def test_a_constant_on_all_logits_changes_lse_alone(engine: str) -> None:
     plain = tolerance.attend(one, inputs, engine)
     shifted = tolerance.attend(one, replace(inputs, bias=torch.full((1,), 0.5)), engine)
     shifted["lse"] = shifted["lse"] - 0.5
-    assert_equal_within_budgets(one, shifted, one, plain, torch.float32)
+    assert_equal(one, shifted, plain)
 
 
 def test_a_zero_scale_averages_the_visible_values(engine: str) -> None:

@@ -1,6 +1,7 @@
-// The online softmax's one row: what its end state means. (m, l) is the running max, in log2 units, and the
-// running sum of exp2(logit - m). Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao,
-// "FlashAttention-2", 3.1.
+// The online softmax's one row: what its end state means. (m, l) is the running max, in the units of the scores, and
+// the running sum of exp2((score - m) * factor), where factor brings scores to log2 units. Differences are taken before
+// they are scaled, so that logits as low as floats go (a mask of finfo.min) do not overflow. Milakov and Gimelshein,
+// "Online normalizer calculation for softmax"; Dao, "FlashAttention-2", 3.1.
 #pragma once
 
 #include <cmath>
@@ -16,17 +17,18 @@ struct RowResult {
   T out_scale;  // out = acc * out_scale
   T lse;        // natural log
 
-  FLASHX_CORE static RowResult from(T max_log2, T sum) {
+  // unit brings scores to natural units.
+  FLASHX_CORE static RowResult from(T max, T sum, T unit) {
     if (sum == T(0)) return {T(0), -std::numeric_limits<T>::infinity()};
-    return {T(1) / sum, static_cast<T>((static_cast<double>(max_log2) + std::log2(static_cast<double>(sum))) * kLn2)};
+    const double log_sum = std::log(static_cast<double>(sum));
+    return {T(1) / sum, static_cast<T>(static_cast<double>(max) * static_cast<double>(unit) + log_sum)};
   }
 };
 
-// The backward's weights are exp2(logit - lse_log2(lse)): an empty row (lse -inf) gives weights 0, not inf.
+// The backward's weights are exp(logit - backward_lse(lse)): an empty row (lse -inf) gives weights 0, not inf.
 template <typename T>
-FLASHX_CORE T lse_log2(T lse) {
-  return lse == -std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::infinity()
-                                                    : static_cast<T>(static_cast<double>(lse) * kLog2e);
+FLASHX_CORE T backward_lse(T lse) {
+  return lse == -std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::infinity() : lse;
 }
 
 }  // namespace flashx

@@ -1,5 +1,5 @@
 // Backward by recomputation (Dao et al., "FlashAttention", section 3.1 and appendix B.4; "FlashAttention-2", 3.1.2):
-//   P = exp2(logits - lse), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
+//   P = exp(logits - lse), dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
 // Key tiles own dK and dV and sweep the row blocks that see them. Where the tensors have the accumulation dtype, the
 // same sweep adds to dQ, in the output itself, key tiles taking turns in order: five products. For 16-bit tensors that
 // would need a float copy of dQ as long as the sequence, so row tiles own dQ in a sweep of their own: seven products.
@@ -84,7 +84,7 @@ class Gradient {
       const bool real = lane < count;
       const int64_t row = first + (real ? lane : 0);
       const int64_t at = (packing.batch * problem.q_heads + packing.head(row)) * problem.q_len + packing.query(row);
-      to.lse[lane] = real ? lse_log2(static_cast<const T*>(tensors.lse)[at]) : kInf<T>;
+      to.lse[lane] = real ? backward_lse(static_cast<const T*>(tensors.lse)[at]) : kInf<T>;
       to.delta[lane] = real ? static_cast<const T*>(tensors.delta)[at] : T(0);
     }
   }
@@ -102,14 +102,14 @@ class Gradient {
                                grad_logits, ld, false);
     logits(packing, block, k_begin, range, weights, slope);
     if (dropout) dropout_factors(problem, packing, block, k_begin, range, dropout);
-    const T factor = logits.factor();
+    const T unit = logits.unit(), log2e = static_cast<T>(kLog2e);
     for (int v = 0; v < block.vectors; ++v) {
       const Vec<T> lse = load(rows.lse + v * n), delta = load(rows.delta + v * n);
       for (int j = 0; j < range.padded; ++j) {
         T* p_at = weights + j * ld + v * n;
         T* ds_at = grad_logits + j * ld + v * n;
         const Vec<T> logit = load(p_at);
-        Vec<T> p = exp2<T>(logit * factor - lse);
+        Vec<T> p = exp2<T>((logit * unit - lse) * log2e);
         Vec<T> dp = load(ds_at);
         Vec<T> dropped = p;
         if (dropout) {

@@ -82,7 +82,7 @@ class Forward {
   }
 
  private:
-  // A row block's online softmax: transposed queries and output, running max (log2 units) and running sum.
+  // A row block's online softmax: transposed queries and output, running max and running sum.
   struct State {
     RowBlock<W> block;
     W* query;
@@ -121,14 +121,14 @@ class Forward {
         // The sink is one more key, with value 0, seen before all others.
         const bool sink = problem_.sinks && lane < state.block.count;
         state.max[lane] =
-            sink ? static_cast<const T*>(problem_.sinks)[packing.head(row + lane)] * static_cast<T>(kLog2e) : -kInf<T>;
+            sink ? static_cast<const T*>(problem_.sinks)[packing.head(row + lane)] / logits_.unit() : -kInf<T>;
         state.sum[lane] = sink ? T(1) : T(0);
       }
     }
     return blocks;
   }
 
-  // P^T = exp2(logits - max), in place; the accumulator is rescaled where the max moved.
+  // P^T = exp2((scores - max) * factor), in place; the accumulator is rescaled where the max moved.
   void update(State& state, int keys) {
     constexpr int n = kLanes<T>;
     const T factor = logits_.factor();
@@ -140,15 +140,15 @@ class Forward {
         for (int u = 0; u < 4; ++u) top[u] = max(top[u], load(scores + (j + u) * ld));
       }
       const Vec<T> old_max = load(state.max + v * n);
-      const Vec<T> new_max = max(old_max, max(max(top[0], top[1]), max(top[2], top[3])) * factor);
+      const Vec<T> new_max = max(old_max, max(max(top[0], top[1]), max(top[2], top[3])));
       // A row that has seen nothing yet subtracts 0, not -inf.
       const Vec<T> shift = new_max == -kInf<T> ? Vec<T>{} : new_max;
-      const Vec<T> rescale = exp2<T>(old_max - shift);
+      const Vec<T> rescale = exp2<T>((old_max - shift) * factor);
       Vec<T> sum[4] = {};
       for (int j = 0; j < keys; j += 4) {
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) {
-          const Vec<T> p = exp2<T>(load(scores + (j + u) * ld) * factor - shift);
+          const Vec<T> p = exp2<T>((load(scores + (j + u) * ld) - shift) * factor);
           sum[u] += p;
           store(scores + (j + u) * ld, p);
         }
@@ -173,8 +173,9 @@ class Forward {
 
   void finish(const RowPacking& packing, State& state) {
     T out_scale[ld];
+    const T unit = logits_.unit();
     for (int lane = 0; lane < state.block.count; ++lane) {
-      const RowResult<T> result = RowResult<T>::from(state.max[lane], state.sum[lane]);
+      const RowResult<T> result = RowResult<T>::from(state.max[lane], state.sum[lane], unit);
       const int64_t row = state.block.first + lane;
       const int64_t head = packing.batch * problem_.q_heads + packing.head(row);
       static_cast<T*>(tensors_.lse)[head * problem_.q_len + packing.query(row)] = result.lse;

@@ -157,7 +157,7 @@ void negate(W* p, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store_as(p + i, -load_as(p + i, T{}));
 }
 
-// Turns raw scores S^T into logits in log2 units, hidden ones -inf: scale, softcap, ALiBi, bias, masks.
+// Turns raw scores S^T into logits, hidden ones -inf: scale, softcap, ALiBi, bias, masks.
 template <typename W>
 class Logits {
   using T = ComputeOf<W>;
@@ -174,14 +174,15 @@ class Logits {
     return problem.bias.data ? 2 * kTileKeys * kBlockLanes<W> * sizeof(T) + 2 * Arena::kAlign : 0;
   }
 
-  // True if the scores are hidden by nothing but intervals: logits are then factor() times the scores.
+  // True if the scores are hidden by nothing but intervals: logits are then unit() times the scores.
   bool plain() const { return plain_; }
   // True if only the interval mask hides: a full KeyRange then has no hidden element.
   bool only_intervals() const { return !problem_.bias.data; }
 
-  // What the scores must still be multiplied with to be logits in log2 units. Q is negated for a negative
-  // scale, so that the largest score is the largest logit.
-  T factor() const { return plain_ ? static_cast<T>(magnitude() * kLog2e) : T(1); }
+  // What the scores must still be multiplied with to be logits: Q is negated for a negative scale, so that the largest
+  // score is the largest logit. And to be logits in log2 units.
+  T unit() const { return plain_ ? static_cast<T>(magnitude()) : T(1); }
+  T factor() const { return plain_ ? static_cast<T>(magnitude() * kLog2e) : static_cast<T>(kLog2e); }
   bool negates_query() const { return problem_.scale < 0; }
 
   // slope, if given, receives d(softcapped score) / d(scaled score).
@@ -211,7 +212,7 @@ class Logits {
             const Vec<T> bias = load(bias_ + j * ld + v * n);
             x = bias == -kInf<T> ? bias : x + bias;
           }
-          store(at, x * static_cast<T>(kLog2e));
+          store(at, x);
         }
       }
     }

@@ -61,7 +61,11 @@ def naive(problem: Problem, inputs: Inputs) -> Naive:
 
 
 def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
-    inputs = _prepare(problem, inputs)
+    with torch.autocast(problem.device, enabled=False):
+        _forward(problem, _prepare(problem, inputs), out, lse)
+
+
+def _forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     step = naive(problem, inputs)
     out.copy_(_visible_matmul(step.weights * step.kept, inputs.value, step.visible))
     lse.copy_(step.lse)
@@ -76,7 +80,18 @@ def backward(
     grad_lse: torch.Tensor | None,
     gradients: Gradients,
 ) -> None:
-    inputs = _prepare(problem, inputs)
+    with torch.autocast(problem.device, enabled=False):
+        _backward(problem, _prepare(problem, inputs), out, grad_out, grad_lse, gradients)
+
+
+def _backward(
+    problem: Problem,
+    inputs: Inputs,
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    gradients: Gradients,
+) -> None:
     query, key, value, *_ = inputs
     out, grad_out = out.to(query.dtype), grad_out.to(query.dtype)
     weights, kept, visible, softcap_slope, lse = naive(problem, inputs)
