@@ -7,6 +7,13 @@ namespace flashx {
 
 enum class DType : int { Float32, Float16, BFloat16, Float64, Bool };
 
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // A (batch, heads, length, dim) tensor: strides in elements, last dimension contiguous.
 struct View {
   void* data = nullptr;
@@ -42,6 +49,20 @@ struct Problem {
 
   // Query heads that read one key head.
   FLASHX_CORE int64_t group() const { return kv_heads == 0 ? 1 : q_heads / kv_heads; }
+};
+
+struct ForwardTensors {
+  View query, key, value, out;
+  void* lse;  // (batch, q_heads, q_len), accumulation dtype
+};
+
+struct BackwardTensors {
+  View query, key, value, out, grad_out;
+  const void* lse;
+  const void* grad_lse;  // may be null
+  void* delta;           // out: rowsum(grad_out * out) - grad_lse, (batch, q_heads, q_len)
+  View grad_query, grad_key, grad_value;
+  void* grad_bias;  // contiguous, bias's own size and dtype; may be null
 };
 
 }  // namespace flashx

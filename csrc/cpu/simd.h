@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#include "core/config.h"
+#include "core/problem.h"
 
 namespace flashx::FLASHX_ISA {
 
@@ -87,13 +87,6 @@ FLASHX_CORE bool any(M mask) {
 
 // ---- Storage types: how 16-bit floats are read and written
 // --------------------------------------------------------
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 // The type a tensor's elements are computed in.
 template <typename E>
