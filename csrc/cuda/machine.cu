@@ -1,0 +1,103 @@
+// The CUDA backend's host side: checks sizes, picks the instance. Built by nvcc for GPUs, by the host compiler for the
+// emulator.
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
+
+#include "built.h"  // generated: FLASHX_DIMS, the head dim classes of this build
+#include "cuda/instances.h"
+#include "cuda/sm80/host.cuh"
+
+namespace flashx::FLASHX_MACHINE {
+namespace {
+
+// The parts that a call's keys are cut into: a function of its lengths alone, so that a sequence's result does not
+// depend on what it is batched with.
+int splits(const Problem& problem) {
+  constexpr int64_t kRows = 64;
+  if (problem.q_len == 0 || query_rows(problem) > kRows) return 1;
+  const int64_t keys = problem.mask.hi(problem.q_len - 1, problem.k_len);
+  return keys < 2 * sm80::kSplitKeys ? 1 : static_cast<int>(ceil_div(keys, sm80::kSplitKeys));
+}
+
+int64_t forward_workspace(const Problem& problem) {
+  const int64_t n = splits(problem);
+  return n == 1 ? 0 : n * problem.batch * problem.q_heads * problem.q_len * (problem.value_dim + 1) * 4;
+}
+
+[[noreturn]] void refuse(const std::string& rule, const Problem& problem) {
+  throw std::invalid_argument("the CUDA kernels take " + rule + ", got" + describe(problem));
+}
+
+// What the kernels take for granted. Python has checked the tensors; this is what a GPU would not forgive.
+void check(const Problem& p, std::initializer_list<View> views) {
+  if (smaller(smaller(p.batch, p.q_heads), smaller(p.q_len, p.k_len)) < 0 || p.kv_heads < 0 || p.value_dim < 0) {
+    refuse("sizes of at least 0", p);
+  }
+  if (p.kv_heads == 0 ? p.q_heads != 0 : p.q_heads % p.kv_heads != 0) {
+    refuse("query heads that are a multiple of the key heads", p);
+  }
+  if (p.head_dim < 1 || p.head_dim > 256 || p.value_dim > 256)
+    refuse("head dims of 1..256 and value dims up to 256", p);
+  // Row and block indices have 32 bits on the device; a tile has at least 16 rows.
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  const int64_t longest = larger(query_rows(p), p.k_len), heads = p.batch * p.q_heads;
+  if (longest >= kLimit || heads >= kLimit || (longest / 16 + 1) * heads >= kLimit || heads * p.q_len / 4 >= kLimit) {
+    refuse("fewer than 2**31 rows and tiles", p);
+  }
+  const uintptr_t bytes = p.dtype == DType::Float32 ? 4 : 2;
+  for (const View& view : views) {
+    if (reinterpret_cast<uintptr_t>(view.data) % bytes != 0)
+      refuse("addresses that are multiples of the element size", p);
+  }
+  const uintptr_t bias_bytes = p.bias.dtype == DType::Bool ? 1 : p.bias.dtype == DType::Float32 ? 4 : 2;
+  if (p.bias.dtype == DType::Float64 || reinterpret_cast<uintptr_t>(p.bias.data) % bias_bytes != 0) {
+    refuse("a bias of bool, float32, float16 or bfloat16 at a multiple of its element size", p);
+  }
+}
+
+// f(element, std::integral_constant of the smallest head dim class that fits).
+template <typename E, typename F, int... kDims>
+void with_dim(int dim, F f, std::integer_sequence<int, kDims...>) {
+  const bool found = ((dim <= kDims && (f(E{}, std::integral_constant<int, kDims>{}), true)) || ...);
+  if (!found) throw std::invalid_argument("this build has no kernels for head dim " + std::to_string(dim));
+}
+
+template <typename F>
+void visit(const Problem& problem, F f) {
+  const int dim = larger(problem.head_dim, problem.value_dim);
+  using Dims = std::integer_sequence<int, FLASHX_DIMS>;
+  switch (problem.dtype) {
+    case DType::Float32:
+      return with_dim<float>(dim, f, Dims{});
+    case DType::Float16:
+      return with_dim<Half>(dim, f, Dims{});
+    case DType::BFloat16:
+      return with_dim<BFloat16>(dim, f, Dims{});
+    default:
+      throw std::invalid_argument("the CUDA kernels take float16, bfloat16 and float32");
+  }
+}
+
+const char* forward_kernel(const Problem& problem) { return splits(problem) > 1 ? "sm80, split keys" : "sm80"; }
+
+void forward(const Problem& problem, const ForwardTensors& tensors, const CudaCall& call) {
+  check(problem, {tensors.query, tensors.key, tensors.value, tensors.out});
+  visit(problem, [&](auto element, auto dim) {
+    ForwardInstance<decltype(element), decltype(dim)::value>::run(problem, tensors, call, splits(problem));
+  });
+}
+
+void backward(const Problem& problem, const BackwardTensors& tensors, const CudaCall& call) {
+  check(problem, {tensors.query, tensors.key, tensors.value, tensors.out, tensors.grad_out, tensors.grad_query,
+                  tensors.grad_key, tensors.grad_value});
+  visit(problem, [&](auto element, auto dim) {
+    BackwardInstance<decltype(element), decltype(dim)::value>::run(problem, tensors, call);
+  });
+}
+
+}  // namespace
+
+Machine machine() { return {forward_workspace, forward_kernel, forward, backward}; }
+
+}  // namespace flashx::FLASHX_MACHINE

@@ -1,0 +1,60 @@
+// Forward's launches for one element type and head dim class; each is instantiated in a file that CMake generates.
+#pragma once
+
+#include "cuda/combine.cuh"
+#include "cuda/instances.h"
+#include "cuda/logits.cuh"
+#include "cuda/sm80/forward.cuh"
+#include "cuda/sm80/host.cuh"
+
+namespace flashx::FLASHX_MACHINE {
+
+template <typename E, typename Kernel>
+void launch_forward(const char* pass, int dim, const Problem& problem, const ForwardTensors& tensors,
+                    const CudaCall& call, int splits) {
+  const Sizes query = query_sizes(problem, problem.head_dim), out = query_sizes(problem, problem.value_dim);
+  const Sizes key = key_sizes(problem, problem.head_dim), value = key_sizes(problem, problem.value_dim);
+  const int64_t rows = problem.batch * problem.q_heads * problem.q_len;
+  typename Kernel::Params params{};
+  params.problem = problem;
+  params.tensors = tensors;
+  params.row_tiles = ceil_div(query_rows(problem), Kernel::kRows);
+  params.split_tiles = splits > 1 ? sm80::kSplitKeys / Kernel::kKeys : std::numeric_limits<int>::max();
+  params.query_aligned = is_aligned(tensors.query, query, sizeof(E));
+  params.key_aligned = is_aligned(tensors.key, key, sizeof(E));
+  params.value_aligned = is_aligned(tensors.value, value, sizeof(E));
+  params.out_aligned = is_aligned(tensors.out, out, sizeof(E));
+  params.exact = !call.tf32;
+  std::vector<Buffer> buffers{buffer("query", tensors.query, query, sizeof(E), false),
+                              buffer("key", tensors.key, key, sizeof(E), false),
+                              buffer("value", tensors.value, value, sizeof(E), false),
+                              buffer("out", tensors.out, out, sizeof(E), true),
+                              {"lse", tensors.lse, rows * 4, true}};
+  add_logit_buffers(problem, buffers);
+  if (splits > 1) {
+    params.partial_out = static_cast<float*>(call.workspace);
+    params.partial_lse = params.partial_out + splits * rows * problem.value_dim;
+    buffers.push_back({"workspace", call.workspace, splits * rows * (problem.value_dim + 1) * 4, true});
+  }
+  const Grid grid{params.row_tiles * problem.batch * problem.kv_heads, splits, 1};
+  launch<Kernel>(kernel_name<E>(pass, dim) + describe(problem), grid, params, call, buffers);
+  if (splits > 1) {
+    const typename Combine<E>::Params combine{
+        problem, tensors.out, static_cast<float*>(tensors.lse), params.partial_out, params.partial_lse, splits};
+    launch<Combine<E>>(kernel_name<E>("combine", dim) + describe(problem), {ceil_div(rows, Combine<E>::kWarps), 1, 1},
+                       combine, call, buffers);
+  }
+}
+
+template <typename E, int kDim>
+void ForwardInstance<E, kDim>::run(const Problem& problem, const ForwardTensors& tensors, const CudaCall& call,
+                                   int splits) {
+  // Few rows do not fill the plain kernel's larger tiles.
+  if (is_plain(problem) && query_rows(problem) > Forward<E, kDim, true>::kRows) {
+    launch_forward<E, Forward<E, kDim, false>>("forward", kDim, problem, tensors, call, splits);
+  } else {
+    launch_forward<E, Forward<E, kDim, true>>("forward, general", kDim, problem, tensors, call, splits);
+  }
+}
+
+}  // namespace flashx::FLASHX_MACHINE
