@@ -1,7 +1,7 @@
 """csrc/bindings/module.cpp."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 _View = tuple[int, int, int, int]
 
@@ -51,6 +51,44 @@ def cpu_backward(
     grad_value: _View,
     grad_bias: int,
 ) -> None: ...
+
+class Machine(Protocol):
+    """cuda and cuda_emulated: submodules of the builds that have them."""
+
+    def forward_workspace(self, problem: Problem) -> int: ...
+    def forward_kernel(self, problem: Problem) -> str: ...
+    def forward(
+        self,
+        problem: Problem,
+        query: _View,
+        key: _View,
+        value: _View,
+        out: _View,
+        lse: int,
+        device: int,
+        stream: int,
+        workspace: int,
+        tf32: bool,
+    ) -> None: ...
+    def backward(
+        self,
+        problem: Problem,
+        query: _View,
+        key: _View,
+        value: _View,
+        out: _View,
+        lse: int,
+        grad_out: _View,
+        grad_lse: int,
+        delta: int,
+        grad_query: _View,
+        grad_key: _View,
+        grad_value: _View,
+        grad_bias: int,
+        device: int,
+        stream: int,
+        tf32: bool,
+    ) -> None: ...
 
 class core:
     """csrc/core, for tests."""

@@ -128,11 +128,13 @@ def attention(
         softcap: c > 0 gives ``c * tanh(x / c)``; 0 switches it off.
         sinks: (Hq,), floating: one more logit per head, with a zero value (Xiao et al., "Efficient Streaming
             Language Models with Attention Sinks"; a learned one as in gpt-oss). Counts in lse. Differentiable.
-        dropout_p: probability in [0, 1] of dropping an attention weight. The Philox seed is drawn from torch's
-            default generator of query's device, so ``torch.manual_seed`` reproduces it.
+        dropout_p: probability in [0, 1] of dropping an attention weight. The Philox seed is drawn from torch's default
+            generator of the CPU, whatever query's device, so ``torch.manual_seed`` reproduces it and nothing waits for
+            a GPU. A CUDA graph keeps the seed of its capture: every replay drops the same weights.
         scale: factor on ``query . key``; default ``1 / sqrt(D)``.
         return_lse: also return the log-sum-exp, differentiable too.
-        backend: "cpu" or "reference"; None takes the first that can (see ``flashx.explain``).
+        backend: "cuda", "cpu" or "reference"; None takes the first that can (see ``flashx.explain``). In development
+            builds "cuda_emulated" too, the CUDA kernels on CPU tensors; it runs only where it is named.
 
     Returns:
         out (B, Hq, Lq, Dv), or ``AttentionResult(out, lse)``. A row that sees no key has out 0, lse -inf (the sink
@@ -192,6 +194,7 @@ def explain(
         >>> print(flashx.explain(q, q, q))  # doctest: +SKIP
         problem: batch 1, heads 8/8, length 128x128, dim 64/64, float32 on cpu
         runs on: cpu/avx512
+          cuda: tensors are on cpu, not on cuda
           cpu: chosen
           reference: could run
     """
@@ -281,8 +284,10 @@ def _arguments(
         sinks = _in_accumulation_dtype("sinks", sinks, query)
     seed = None
     if dropout_p > 0:
-        options = {"dtype": torch.int64, "device": query.device}
-        seed = torch.randint(2**63 - 1, (), **options) if draw else torch.zeros((), **options)
+        if draw:
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+        else:
+            seed = torch.zeros((), dtype=torch.int64, device="cpu")
     shift = key.shape[2] - query.shape[2]
     return (
         query, key, value, bias, alibi_slopes, sinks, seed,

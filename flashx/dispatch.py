@@ -7,14 +7,26 @@ from typing import Protocol
 
 import torch
 
-from .backends import cpu, reference
+from .backends import cpu, cuda, reference
 from .problem import Gradients, Inputs, Problem
 
 
 class Backend(Protocol):
-    """What a backend module offers. Tensors come checked: see Problem.from_tensors."""
+    """What a backend, a module or an object, offers. Tensors come checked: see Problem.from_tensors.
 
-    NAME: str
+    ``DEVICE``: the type of the devices whose tensors it takes, None for any. ``AUTOMATIC``: False if it runs only where
+    it is asked for by name.
+    """
+
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def DEVICE(self) -> str | None: ...
+    @property
+    def AUTOMATIC(self) -> bool: ...
+
+    def limits(self, problem: Problem) -> list[str]:
+        """Reasons against the problem that hold on every machine and in every build, whatever the tensors' device."""
 
     def why_not(self, problem: Problem) -> list[str]:
         """Reasons why this backend cannot run the problem; empty if it can."""
@@ -44,7 +56,8 @@ class Backend(Protocol):
         """Write the gradients; that of bias sums over the dimensions that bias broadcasts over."""
 
 
-BACKENDS: dict[str, Backend] = {module.NAME: module for module in (cpu, reference)}
+_ALL: tuple[Backend, ...] = (cuda.CUDA, cpu, reference, cuda.EMULATED)
+BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in _ALL}
 
 
 class UnsupportedError(ValueError):
@@ -63,7 +76,7 @@ def refusals(problem: Problem) -> dict[str, list[str]]:
 
 
 def choose(problem: Problem, name: str | None = None) -> Backend:
-    """The named backend, or the first one without a reason against the problem.
+    """The named backend, or the first automatic one without a reason against the problem.
 
     Warns when that is the reference: it is exact, but not what anybody came for.
 
@@ -72,13 +85,16 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     """
     check_name(name)
     reasons: dict[str, list[str]] = {}
-    for candidate in BACKENDS if name is None else (name,):
-        backend = BACKENDS[candidate]
+    for candidate, backend in BACKENDS.items():
+        if not (backend.AUTOMATIC if name is None else candidate == name):
+            continue
         reasons[candidate] = backend.why_not(problem)
         if reasons[candidate]:
             continue
         if name is None and candidate == reference.NAME:
-            why = "; ".join(reason for others in reasons.values() for reason in others)
+            # That a backend is made for another device is no news.
+            here = (why for other, why in reasons.items() if problem.device == BACKENDS[other].DEVICE)
+            why = "; ".join(reason for why in here for reason in why)
             warnings.warn(f"flashx runs naive attention, slow and of size Lq x Lk: {why}", stacklevel=2)
         return backend
     lines = [f"  {candidate}: {'; '.join(why)}" for candidate, why in reasons.items()]

@@ -47,12 +47,15 @@ _FEATURES: dict[str, dict[str, object]] = {
 
 
 def markdown() -> str:
-    """The matrix as a markdown table; every feature holds forward and backward, and composes with every other."""
-    names = list(dispatch.BACKENDS)
-    lines = [f"| feature | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    """The matrix as a markdown table; every feature holds forward and backward, and composes with every other.
+
+    Backends that run only where they are named are for development, and left out.
+    """
+    backends = {name: backend for name, backend in dispatch.BACKENDS.items() if backend.AUTOMATIC}
+    lines = [f"| feature | {' | '.join(backends)} |", f"|---|{'---|' * len(backends)}"]
     for feature, changes in _FEATURES.items():
         problem = dataclasses.replace(_PLAIN, **changes)  # type: ignore[arg-type]
-        cells = ("; ".join(reasons) or "yes" for reasons in dispatch.refusals(problem).values())
+        cells = ("; ".join(backend.limits(problem)) or "yes" for backend in backends.values())
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

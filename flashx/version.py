@@ -16,12 +16,13 @@ def build_info() -> dict[str, Any]:
     """Version, compiled backends, CUDA architectures, the CPU instruction set in use, compiler.
 
     Returns:
-        dict with the keys ``version``, ``torch``, ``backends`` (compiled ones), ``cuda_archs``, ``cpu_isa`` (in use),
-        ``cpu_isas`` (usable on this machine, best first), ``compiler``.
+        dict with the keys ``version``, ``torch``, ``backends`` (compiled ones), ``cuda_archs`` (compute capabilities
+        that the CUDA kernels have machine code for, such as "80", and "120+PTX" where newer GPUs can compile it),
+        ``cpu_isa`` (in use), ``cpu_isas`` (usable on this machine, best first), ``compiler``.
 
     Example:
-        >>> flashx.build_info()["backends"]
-        ['cpu']
+        >>> flashx.build_info()["backends"][0]
+        'cpu'
     """
     built = _C.build_info()
     return {

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <iterator>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -11,6 +13,10 @@
 #include "core/philox.h"
 #include "core/schedule.h"
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#if FLASHX_HAS_EMULATOR
+#include "emulator/bind.h"
+#endif
 
 namespace py = pybind11;
 using namespace flashx;
@@ -95,6 +101,29 @@ void bind_cpu(py::module_& m) {
   });
 }
 
+// One machine that runs csrc/cuda: _C.cuda or _C.cuda_emulated.
+[[maybe_unused]] void bind_machine(py::module_& m, const Machine& machine) {
+  m.def("forward_workspace", machine.forward_workspace);
+  m.def("forward_kernel", machine.forward_kernel);
+  m.def("forward",
+        [machine](const Problem& problem, const PyView& query, const PyView& key, const PyView& value,
+                  const PyView& out, uintptr_t lse, int device, uintptr_t stream, uintptr_t workspace, bool tf32) {
+          const ForwardTensors tensors{view(query), view(key), view(value), view(out), pointer(lse)};
+          py::gil_scoped_release release;
+          machine.forward(problem, tensors, CudaCall{device, pointer(stream), pointer(workspace), tf32});
+        });
+  m.def("backward", [machine](const Problem& problem, const PyView& query, const PyView& key, const PyView& value,
+                              const PyView& out, uintptr_t lse, const PyView& grad_out, uintptr_t grad_lse,
+                              uintptr_t delta, const PyView& grad_query, const PyView& grad_key,
+                              const PyView& grad_value, uintptr_t grad_bias, int device, uintptr_t stream, bool tf32) {
+    const BackwardTensors tensors{view(query),      view(key),      view(value),       view(out),
+                                  view(grad_out),   pointer(lse),   pointer(grad_lse), pointer(delta),
+                                  view(grad_query), view(grad_key), view(grad_value),  pointer(grad_bias)};
+    py::gil_scoped_release release;
+    machine.backward(problem, tensors, CudaCall{device, pointer(stream), nullptr, tf32});
+  });
+}
+
 // csrc/core as it is, for the tests: the kernels' own masks, schedules and random bits.
 void bind_core(py::module_& m) {
   py::module_ core = m.def_submodule("core", "csrc/core, for tests");
@@ -130,8 +159,17 @@ void bind_core(py::module_& m) {
 py::dict build_info() {
   py::dict info;
   info["version"] = FLASHX_VERSION;
-  info["backends"] = std::vector<std::string>{"cpu"};
-  info["cuda_archs"] = std::vector<std::string>{};
+  std::vector<std::string> backends{"cpu"}, archs;
+#if FLASHX_HAS_CUDA
+  backends.emplace_back("cuda");
+  std::istringstream list(FLASHX_CUDA_ARCHS);  // "80 90+PTX"
+  archs.assign(std::istream_iterator<std::string>(list), {});
+#endif
+#if FLASHX_HAS_EMULATOR
+  backends.emplace_back("cuda_emulated");
+#endif
+  info["backends"] = backends;
+  info["cuda_archs"] = archs;
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -147,5 +185,21 @@ PYBIND11_MODULE(_C, m) {
   bind_problem(m);
   bind_cpu(m);
   bind_core(m);
+#if FLASHX_HAS_CUDA
+  py::module_ cuda_part = m.def_submodule("cuda", "csrc/cuda on GPUs");
+  bind_machine(cuda_part, cuda::machine());
+  cuda_part.def("conformance_names", &cuda::conformance_names);
+  cuda_part.def("conformance", [](const std::string& name, uintptr_t input, int64_t input_bytes, uintptr_t output,
+                                  int64_t output_bytes, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    const CudaCall call{device, pointer(stream), nullptr, false};
+    cuda::conformance(name, pointer(input), input_bytes, pointer(output), output_bytes, call);
+  });
+#endif
+#if FLASHX_HAS_EMULATOR
+  py::module_ emulated_part = m.def_submodule("cuda_emulated", "csrc/cuda on the emulator");
+  bind_machine(emulated_part, cuda_emulated::machine());
+  bind_emulator(emulated_part);
+#endif
   m.def("build_info", &build_info);
 }

@@ -1,1 +1,1 @@
-"""Backends: one module each, with NAME, why_not, kernel, forward and backward (dispatch.Backend)."""
+"""Backends: a module or an object each, with what dispatch.Backend lists."""

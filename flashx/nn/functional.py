@@ -111,7 +111,7 @@ def _attention(
     if isinstance(folded, str):
         return folded
     arguments, shape = folded
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
     right = 0 if is_causal else None
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     out, _ = torch.ops.flashx.attention(
