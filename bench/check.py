@@ -74,7 +74,7 @@ class Oracle:
         factor = 3 * torch.finfo(dtype).eps / torch.finfo(low).eps if dtype == torch.float64 else 2
         errors = dict.fromkeys(self.expected, 0.0)
         for draw in range(min(max(ENOUGH_PAIRS // (count * pairs), 1), DRAWS)):
-            drawn = case.inputs(seed=draw) if draw else inputs
+            drawn = Inputs(*(t.to(inputs.query.device) for t in case.inputs(seed=draw))) if draw else inputs
             exact = _by_rows(case, self._parts(drawn, torch.float64), _exact) if draw else self.expected
             rough = _by_rows(case, self._parts(drawn, low), _naive)
             errors = {name: max(errors[name], error(rough[name], exact[name])) for name in errors}
@@ -135,7 +135,7 @@ def _by_rows(case: Case, inputs: Inputs, step: _Step) -> Results:
         rows = (slice(None), slice(None), slice(start, min(start + count, case.q_len)))
         some = Inputs(query[rows], key, value, grad_out[rows])
         mask = IntervalMask(*case.window, shift=case.mask.shift + start)
-        for name, part in step(some, mask.dense(some.query.shape[2], case.k_len), backward).items():
+        for name, part in step(some, mask.dense(some.query.shape[2], case.k_len, query.device), backward).items():
             if name in ("out", "grad_query"):
                 results[name][rows] = part
             else:

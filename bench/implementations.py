@@ -36,9 +36,10 @@ class Flashx:
     """flashx.attention with the backend that dispatch chooses."""
 
     def why_not(self, case: Case) -> list[str]:
-        refusals = dispatch.refusals(case.problem())
+        problem = case.problem()
         # The reference takes everything, but it is naive attention, which has a row of its own.
-        del refusals["reference"]
+        kernels = [backend for backend in dispatch.BACKENDS.values() if backend.AUTOMATIC and backend.DEVICE == "cpu"]
+        refusals = {backend.NAME: backend.why_not(problem) for backend in kernels}
         if any(not reasons for reasons in refusals.values()):
             return []
         return [f"{name}: {reason}" for name, reasons in refusals.items() for reason in reasons]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from . import check, timing
-from .cases import Case
+from .cases import Case, Inputs
 from .implementations import Implementation
 
 Status = Literal["ok", "refused", "failed", "wrong"]
@@ -46,9 +46,16 @@ class Row:
         return max(self.accuracy.values(), key=lambda accuracy: accuracy.share, default=None)
 
 
-def measure(case: Case, implementations: Mapping[str, Implementation], repeats: int, min_time: float) -> list[Row]:
-    """A row for each implementation, in their order; see timing.interleaved for repeats and min_time."""
-    inputs = case.inputs()
+def measure(
+    case: Case,
+    implementations: Mapping[str, Implementation],
+    repeats: int,
+    min_time: float,
+    device: str = "cpu",
+    sample: Callable[[Callable[[], object]], float] = timing.wall,
+) -> list[Row]:
+    """A row for each implementation, in their order; see timing.interleaved for repeats, min_time and sample."""
+    inputs = Inputs(*(tensor.to(device) for tensor in case.inputs()))
     oracle = check.Oracle(case, inputs)
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], check.Results]] = {}
@@ -66,7 +73,7 @@ def measure(case: Case, implementations: Mapping[str, Implementation], repeats: 
             rows[name], calls[name] = Row(case, name, "ok", accuracy=accuracy), call
         else:
             rows[name] = Row(case, name, "wrong", accuracy=accuracy)
-    timings = timing.interleaved(calls, repeats, min_time)
+    timings = timing.interleaved(calls, repeats, min_time, sample)
     for name, measured in timings.items():
         ratio = timings["torch"].median / measured.median if "torch" in timings else None
         rows[name] = replace(rows[name], timing=measured, ratio_to_torch=ratio)

@@ -74,7 +74,8 @@ def show(console: Console, environment: dict[str, Any], rows: Sequence[Row]) -> 
     flashx = environment["flashx"]
     versions = f"flashx {flashx['version']} ({flashx['cpu_isa']}), torch {environment['torch']}"
     commit = f", commit {environment['commit']}" if environment["commit"] else ""
-    console.print(Text(f"{environment['cpu']}, {environment['threads']} threads; {versions}{commit}", style="bold"))
+    machine = environment["gpu"]["name"] if "gpu" in environment else environment["cpu"]
+    console.print(Text(f"{machine}, {environment['threads']} threads; {versions}{commit}", style="bold"))
     console.print(_table(rows, console.width))
     console.print(Text(LEGEND, style="dim"))
     for note in _notes(rows):

@@ -27,8 +27,20 @@ class Timing:
         return self.percentile(50)
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, min_time: float) -> dict[str, Timing]:
-    """Time every call in rounds, one sample of each per round, after one round that does not count.
+def wall(call: Callable[[], object]) -> float:
+    """The seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    min_time: float,
+    sample: Callable[[Callable[[], object]], float] = wall,
+) -> dict[str, Timing]:
+    """Time every call by sample, in rounds, one sample of each per round, after one round that does not count.
 
     Rounds go on until there are ``repeats`` of them and they took ``min_time`` seconds per call. Each round has its
     own order, so that no call always finds the caches as the same other one left them.
@@ -41,9 +53,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, min_tim
     while calls and (rounds < repeats or spent < min_time * len(calls)):
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            calls[name]()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(sample(calls[name]))
             spent += samples[name][-1]
         rounds += 1
     return {name: Timing(durations) for name, durations in samples.items()}

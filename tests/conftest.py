@@ -1,4 +1,4 @@
-"""Fixtures: engines (a backend and its instruction set) and poisoned memory."""
+"""Fixtures: engines (a backend and its instruction set or device) and poisoned memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ import tolerance
 import torch
 from cases import NAN, Bias, Case
 
+import flashx
 from flashx import _C
 from flashx.backends import cpu
 
-# Every way to compute attention: a backend, and for the CPU kernels an instruction set. The best one first.
-ENGINES = [*(f"cpu/{isa}" for isa in _C.cpu_isas()), "reference"]
+# The CUDA kernels, where this build has them: on the emulator, and on a GPU.
+BUILT = flashx.build_info()["backends"]
+CUDA_ENGINES = ["cuda"] if "cuda" in BUILT and torch.cuda.is_available() else []
+CUDA_ENGINES += ["cuda_emulated"] if "cuda_emulated" in BUILT else []
+
+# Every way to compute attention: a backend, and for the CPU kernels an instruction set. The best one of them first.
+ENGINES = [*(f"cpu/{isa}" for isa in _C.cpu_isas()), "reference", *CUDA_ENGINES]
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """One of ENGINES made the one in use; its value is the backend's name."""
+    """One of ENGINES made the one in use; its value is the backend's name.
+
+    Tests hold their tensors on the CPU. For an engine on another device flashx.attention takes them there and brings
+    the results back; float64, which the CUDA kernels lack, skips the test.
+    """
     backend, _, isa = request.param.partition("/")
     monkeypatch.setenv("FLASHX_CPU_ISA", isa)
+    if backend in CUDA_ENGINES:
+        monkeypatch.setattr(flashx, "attention", tolerance.without_float64(backend))
     cpu.isa.cache_clear()
     yield backend
     cpu.isa.cache_clear()

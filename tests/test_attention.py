@@ -10,7 +10,7 @@ import pytest
 import tolerance
 import torch
 from cases import CASES, COMBINED, Bias, Case
-from conftest import ENGINES
+from conftest import CUDA_ENGINES, ENGINES
 
 import flashx
 
@@ -18,11 +18,16 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def _runs() -> Iterator[Any]:
-    """All cases on the reference and the best engine, a third of them on every other; one half type each."""
+    """All cases on the reference, the best engine and the CUDA kernels, a third of them on every other.
+
+    One half type each; the CUDA kernels have no float64.
+    """
     for number, case in enumerate(CASES):
         for dtype in (torch.float32, torch.float64, HALVES[number % 2]):
             for index, engine in enumerate(ENGINES):
-                if engine in (ENGINES[0], "reference") or (number + index) % 3 == 0:
+                if dtype == torch.float64 and engine in CUDA_ENGINES:
+                    continue
+                if engine in (ENGINES[0], "reference", *CUDA_ENGINES) or (number + index) % 3 == 0:
                     yield pytest.param(case, dtype, engine, id=f"{case}-{str(dtype).removeprefix('torch.')}-{engine}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tolerance
 import torch
 
 import flashx
@@ -269,9 +270,9 @@ def test_the_operator_with_a_bad_option(changes: Arguments, parts: tuple[str, ..
 @pytest.mark.parametrize("left, right", [(None, 0), (0, None), (2**62, 2**62), (0, 0), (-2, 4), (3, -2), (-1, -1)])
 def test_the_operator_with_any_interval(left: int | None, right: int | None, shift: int, engine: str) -> None:
     """Intervals far beyond the keys show all or nothing of them, widths below zero less than the diagonal."""
-    out, lse = _operator(
-        alibi_slopes=None, sinks=None, bias=None, shift=shift, window_left=left, window_right=right, backend=engine
-    )()
+    there = {name: tensor.to(tolerance.device_of(engine)) for name, tensor in good().items()}
+    there |= {"alibi_slopes": None, "sinks": None, "bias": None}
+    out, lse = _operator(**there, shift=shift, window_left=left, window_right=right, backend=engine)()
     i, j = range(5), range(7)
     seen = [
         any((left is None or y >= x + shift - left) and (right is None or y <= x + shift + right) for y in j) for x in i

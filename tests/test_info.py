@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 
@@ -26,6 +27,15 @@ def test_build_info() -> None:
     assert info["torch"] == torch.__version__
     assert "cpu" in info["backends"]
     assert info["cpu_isas"] == _C.cpu_isas() and info["cpu_isa"] in info["cpu_isas"]
+
+
+def test_compiled_backends() -> None:
+    """What is listed is there, and what is there is listed; architectures only with the kernels for GPUs."""
+    info = flashx.build_info()
+    for name in ("cuda", "cuda_emulated"):
+        assert (name in info["backends"]) == hasattr(_C, name)
+    assert bool(info["cuda_archs"]) == ("cuda" in info["backends"])
+    assert all(re.fullmatch(r"\d{2,3}(\+PTX)?", arch) for arch in info["cuda_archs"])
 
 
 def test_version_is_the_distributions() -> None:

@@ -282,14 +282,15 @@ def test_any_interval_is_a_mask(shift: int, left: int | None, right: int | None,
     """The operator takes any interval, empty ones too; sweeps over rows and over keys must name the same tiles."""
     case = Case(150, 400, 8, heads=4, kv_heads=2)
     inputs = case.inputs(torch.float32)
-    dense = IntervalMask(left, right, shift).dense(case.q_len, case.k_len)
+    device = tolerance.device_of(engine)
+    dense = IntervalMask(left, right, shift).dense(case.q_len, case.k_len, device)
     torch.set_num_threads(2)
     results = []
     for interval, mask in (((left, right, shift), None), ((None, None, 0), dense)):
-        leaves = [tensor.detach().requires_grad_() for tensor in (inputs.query, inputs.key, inputs.value)]
+        leaves = [tensor.detach().to(device).requires_grad_() for tensor in (inputs.query, inputs.key, inputs.value)]
         out, lse = torch.ops.flashx.attention(*leaves, mask, None, None, None, *interval, 0.3, 0.0, 0.0, engine)
-        grads = torch.autograd.grad((out, lse), leaves, (inputs.grad_out, inputs.grad_lse))
-        results.append((out.detach(), lse.detach(), *grads))
+        grads = torch.autograd.grad((out, lse), leaves, (inputs.grad_out.to(device), inputs.grad_lse.to(device)))
+        results.append([tensor.detach().cpu() for tensor in (out, lse, *grads)])
     budgets = tolerance.budgets(replace(case, bias=Bias("qk", "bool_rows"), scale=0.3), torch.float32)
     for name, actual, expected in zip(budgets, *results, strict=True):
         tolerance.compare(name, actual, expected, 2 * budgets[name])

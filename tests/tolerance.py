@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from cases import Case, Inputs, default_scale
 
@@ -39,6 +41,41 @@ def attend(case: Case, inputs: Inputs, backend: str | None = None) -> Results:
     arguments = {**inputs.arguments(), **leaves, **case.options()}
     out, lse = flashx.attention(**arguments, return_lse=True, backend=backend)
     return _results(out, lse, leaves, inputs)
+
+
+def device_of(backend: str) -> str:
+    """The device of the tensors that a backend takes; tests hold theirs on the CPU."""
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def without_float64(backend: str) -> Callable[..., Any]:
+    """flashx.attention for tensors on the CPU, computed by a CUDA backend on its device; float64 skips the test."""
+    original, device = flashx.attention, device_of(backend)
+
+    def attention(*tensors: torch.Tensor, **arguments: Any) -> Any:
+        def there(value: Any) -> Any:
+            return _Moved.apply(value, device) if isinstance(value, torch.Tensor) and device != "cpu" else value
+
+        query = tensors[0] if tensors else arguments["query"]
+        if query.dtype == torch.float64:
+            pytest.skip("the CUDA kernels have no float64")
+        result = original(*map(there, tensors), **{name: there(value) for name, value in arguments.items()})
+        return type(result)(*(part.cpu() for part in result)) if isinstance(result, tuple) else result.cpu()
+
+    return attention
+
+
+class _Moved(torch.autograd.Function):
+    """The tensor on another device, with its strides and all the memory around it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, device: str) -> torch.Tensor:
+        around = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+        return around.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.cpu(), None
 
 
 def dropout_seed(case: Case) -> int:
