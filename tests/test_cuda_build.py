@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import runpy
 import shutil
@@ -222,6 +223,19 @@ def test_local_memory_in_the_main_loop(resources: ModuleType, more: str, looped:
     assert forward.looped == looped
     fault = ["reaches 1 times for local memory in its main loop"]
     assert forward.faults((64, 128)) == (fault if looped else [])
+
+
+@pytest.mark.parametrize(
+    "changes, faults",
+    [({"local": 32}, 0), ({"local": 40}, 1), ({"products": 16, "looped": 2}, 0), ({"products": 16, "looped": 3}, 1)],
+)
+def test_newer_architectures_may_spill_a_little(resources: ModuleType, changes: dict[str, int], faults: int) -> None:
+    forward, _ = _kernels(resources)
+    newer = dataclasses.replace(forward, arch="sm_90", name=forward.name.replace("false", "true"), **changes)
+    if "local" in changes:
+        newer.name = forward.name
+    assert len(newer.faults((64, 128))) == faults
+    assert len(dataclasses.replace(newer, arch="sm_80").faults((64, 128))) == 1
 
 
 def test_other_head_dims_may_spill(resources: ModuleType) -> None:

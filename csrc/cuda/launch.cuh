@@ -86,13 +86,16 @@ void launch(const std::string& name, Grid grid, const typename Kernel::Params& p
             const std::vector<Buffer>&) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const DeviceGuard guard(call.device);
+  const auto kernel = reinterpret_cast<const void*>(&entry<Kernel, Kernel::kThreads, Kernel::kSharedBytes>);
   if constexpr (Kernel::kSharedBytes > 48 * 1024) {
     // Cheap, and not a stream operation: allowed while a graph is captured.
-    check(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes), name);
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  entry<Kernel><<<blocks, Kernel::kThreads, Kernel::kSharedBytes, static_cast<cudaStream_t>(call.stream)> > >(params);
-  check(cudaGetLastError(), name);
+  void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
+  check(cudaLaunchKernel(kernel, blocks, dim3(Kernel::kThreads), arguments, Kernel::kSharedBytes,
+                         static_cast<cudaStream_t>(call.stream)),
+        name);
 }
 
 #endif
