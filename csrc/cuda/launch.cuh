@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kThreads, Kernel::kBlocks)
 // The calling thread's device for the time of a launch.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+  DeviceGuard(int device, const std::string& name) {
+    check(cudaGetDevice(&before_), name);
+    if (before_ != device) check(cudaSetDevice(device), name);
     changed_ = before_ != device;
   }
   ~DeviceGuard() {
@@ -85,7 +85,7 @@ template <typename Kernel>
 void launch(const std::string& name, Grid grid, const typename Kernel::Params& params, const CudaCall& call,
             const std::vector<Buffer>&) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  const DeviceGuard guard(call.device);
+  const DeviceGuard guard(call.device, name);
   const auto kernel = reinterpret_cast<const void*>(&entry<Kernel, Kernel::kThreads, Kernel::kSharedBytes>);
   if constexpr (Kernel::kSharedBytes > 48 * 1024) {
     // Cheap, and not a stream operation: allowed while a graph is captured.
