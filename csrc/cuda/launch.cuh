@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/cuda.h"
@@ -34,25 +35,36 @@ struct Grid {
   int64_t x = 1, y = 1, z = 1;
 };
 
+// A value, or what makes one: a launch's name is wanted only if it fails, its buffers only by the emulator.
+template <typename T>
+auto made(const T& value) {
+  if constexpr (std::is_invocable_v<T>) {
+    return value();
+  } else {
+    return value;
+  }
+}
+
 #if defined(FLASHX_EMULATED)
 
-template <typename Kernel>
-void launch(const std::string& name, Grid grid, const typename Kernel::Params& params, const CudaCall&,
-            const std::vector<Buffer>& buffers) {
+template <typename Kernel, typename Name, typename Buffers = std::vector<Buffer>>
+void launch(const Name& name, Grid grid, const typename Kernel::Params& params, const CudaCall&,
+            const Buffers& buffers) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   emulator::Launch launch;
-  launch.kernel = name;
+  launch.kernel = made(name);
   launch.grid[0] = grid.x, launch.grid[1] = grid.y, launch.grid[2] = grid.z;
   launch.threads = Kernel::kThreads;
   launch.shared_bytes = Kernel::kSharedBytes;
-  for (const Buffer& b : buffers) launch.buffers.push_back({b.name, b.data, b.bytes, b.writable});
+  for (const Buffer& b : made(buffers)) launch.buffers.push_back({b.name, b.data, b.bytes, b.writable});
   emulator::run(launch, [&params] { Kernel::run(params); });
 }
 
 #else
 
-inline void check(cudaError_t status, const std::string& what) {
-  if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));
+template <typename Name>
+void check(cudaError_t status, const Name& name) {
+  if (status != cudaSuccess) throw std::runtime_error(made(name) + ": " + cudaGetErrorString(status));
 }
 
 // The numbers stand in the kernel's name for resources.py: the machine code has dynamic shared memory nowhere else.
@@ -65,7 +77,8 @@ __global__ void __launch_bounds__(kThreads, Kernel::kBlocks)
 // The calling thread's device for the time of a launch.
 class DeviceGuard {
  public:
-  DeviceGuard(int device, const std::string& name) {
+  template <typename Name>
+  DeviceGuard(int device, const Name& name) {
     check(cudaGetDevice(&before_), name);
     if (before_ != device) check(cudaSetDevice(device), name);
     changed_ = before_ != device;
@@ -81,9 +94,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-template <typename Kernel>
-void launch(const std::string& name, Grid grid, const typename Kernel::Params& params, const CudaCall& call,
-            const std::vector<Buffer>&) {
+template <typename Kernel, typename Name, typename Buffers = std::vector<Buffer>>
+void launch(const Name& name, Grid grid, const typename Kernel::Params& params, const CudaCall& call, const Buffers&) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const DeviceGuard guard(call.device, name);
   const auto kernel = reinterpret_cast<const void*>(&entry<Kernel, Kernel::kThreads, Kernel::kSharedBytes>);

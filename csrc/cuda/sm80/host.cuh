@@ -61,10 +61,12 @@ inline std::string describe(const Problem& p) {
          text(p.q_len) + " x " + text(p.k_len) + ", dims " + text(p.head_dim) + ":" + text(p.value_dim) + ")";
 }
 
-// sm80/forward<float16, 128>
+// What makes a launch's name: sm80/forward<float16, 128> (batch 1, ...).
 template <typename E>
-std::string kernel_name(const char* pass, int dim) {
-  return std::string("sm80/") + pass + "<" + kElementName<E> + ", " + std::to_string(dim) + ">";
+auto kernel_name(const Problem& problem, const char* pass, int dim) {
+  return [&problem, pass, dim] {
+    return std::string("sm80/") + pass + "<" + kElementName<E> + ", " + std::to_string(dim) + ">" + describe(problem);
+  };
 }
 
 }  // namespace flashx::FLASHX_MACHINE

@@ -7,16 +7,15 @@
 
 namespace flashx::FLASHX_MACHINE {
 
-template <typename E, int kDim, bool kGeneral>
-void launch_sweeps(const BackwardParams& described, const CudaCall& call, const std::vector<Buffer>& buffers) {
+template <typename E, int kDim, bool kGeneral, typename Buffers>
+void launch_sweeps(const BackwardParams& described, const CudaCall& call, const Buffers& buffers) {
   const Problem& problem = described.problem;
   const int64_t heads = problem.batch * problem.kv_heads;
-  const std::string what = describe(problem);
   const auto sweep_keys = [&](auto kernel) {
     using Kernel = decltype(kernel);
     BackwardParams params = described;
     params.tiles = ceil_div(problem.k_len, Kernel::kOwn);
-    launch<Kernel>(kernel_name<E>("grad_key_value", kDim) + what, {params.tiles * heads}, params, call, buffers);
+    launch<Kernel>(kernel_name<E>(problem, "grad_key_value", kDim), {params.tiles * heads}, params, call, buffers);
   };
   if constexpr (sm80::one_sweep(sizeof(E), kDim)) {
     sweep_keys(GradKeyValue<E, kDim, kGeneral, true, true>{});
@@ -27,7 +26,7 @@ void launch_sweeps(const BackwardParams& described, const CudaCall& call, const 
   BackwardParams params = described;
   using Kernel = GradQuery<E, kDim, kGeneral>;
   params.tiles = ceil_div(query_rows(problem), Kernel::kOwn);
-  launch<Kernel>(kernel_name<E>("grad_query", kDim) + what, {params.tiles * heads}, params, call, buffers);
+  launch<Kernel>(kernel_name<E>(problem, "grad_query", kDim), {params.tiles * heads}, params, call, buffers);
 }
 
 template <typename E, int kDim>
@@ -46,21 +45,28 @@ void BackwardInstance<E, kDim>::run(const Problem& problem, const BackwardTensor
   params.grad_key_aligned = is_aligned(tensors.grad_key, key, sizeof(E));
   params.grad_value_aligned = is_aligned(tensors.grad_value, value, sizeof(E));
   params.exact = !call.tf32;
-  std::vector<Buffer> buffers{buffer("query", tensors.query, query, sizeof(E), false),
-                              buffer("key", tensors.key, key, sizeof(E), false),
-                              buffer("value", tensors.value, value, sizeof(E), false),
-                              buffer("out", tensors.out, out, sizeof(E), false),
-                              buffer("grad_out", tensors.grad_out, out, sizeof(E), false),
-                              {"lse", tensors.lse, rows * 4, false},
-                              {"delta", tensors.delta, rows * 4, true},
-                              buffer("grad_query", tensors.grad_query, query, sizeof(E), true),
-                              buffer("grad_key", tensors.grad_key, key, sizeof(E), true),
-                              buffer("grad_value", tensors.grad_value, value, sizeof(E), true)};
-  if (tensors.grad_lse) buffers.push_back({"grad_lse", tensors.grad_lse, rows * 4, false});
-  add_logit_buffers(problem, buffers);
-  const std::string what = describe(problem);
+  const auto buffers = [&] {
+    std::vector<Buffer> all{buffer("query", tensors.query, query, sizeof(E), false),
+                            buffer("key", tensors.key, key, sizeof(E), false),
+                            buffer("value", tensors.value, value, sizeof(E), false),
+                            buffer("out", tensors.out, out, sizeof(E), false),
+                            buffer("grad_out", tensors.grad_out, out, sizeof(E), false),
+                            {"lse", tensors.lse, rows * 4, false},
+                            {"delta", tensors.delta, rows * 4, true},
+                            buffer("grad_query", tensors.grad_query, query, sizeof(E), true),
+                            buffer("grad_key", tensors.grad_key, key, sizeof(E), true),
+                            buffer("grad_value", tensors.grad_value, value, sizeof(E), true)};
+    if (tensors.grad_lse) all.push_back({"grad_lse", tensors.grad_lse, rows * 4, false});
+    add_logit_buffers(problem, all);
+    if (tensors.grad_bias) {
+      const int64_t* size = problem.bias.size;
+      const int64_t bytes = problem.bias.dtype == DType::Float32 ? 4 : 2;
+      all.push_back({"grad_bias", tensors.grad_bias, size[0] * size[1] * size[2] * size[3] * bytes, true});
+    }
+    return all;
+  };
 
-  launch<Delta<E>>(kernel_name<E>("delta", kDim) + what, {ceil_div(rows, Delta<E>::kWarps)}, params, call, buffers);
+  launch<Delta<E>>(kernel_name<E>(problem, "delta", kDim), {ceil_div(rows, Delta<E>::kWarps)}, params, call, buffers);
   if (is_plain(problem)) {
     launch_sweeps<E, kDim, false>(params, call, buffers);
   } else {
@@ -68,10 +74,7 @@ void BackwardInstance<E, kDim>::run(const Problem& problem, const BackwardTensor
   }
   if (tensors.grad_bias) {
     using Kernel = GradBias<E, kDim>;
-    const int64_t* size = problem.bias.size;
-    const int64_t bytes = problem.bias.dtype == DType::Float32 ? 4 : 2;
-    buffers.push_back({"grad_bias", tensors.grad_bias, size[0] * size[1] * size[2] * size[3] * bytes, true});
-    launch<Kernel>(kernel_name<E>("grad_bias", kDim) + what, {Kernel::blocks(problem)}, params, call, buffers);
+    launch<Kernel>(kernel_name<E>(problem, "grad_bias", kDim), {Kernel::blocks(problem)}, params, call, buffers);
   }
 }
 

@@ -25,24 +25,27 @@ void launch_forward(const char* pass, int dim, const Problem& problem, const For
   params.value_aligned = is_aligned(tensors.value, value, sizeof(E));
   params.out_aligned = is_aligned(tensors.out, out, sizeof(E));
   params.exact = !call.tf32;
-  std::vector<Buffer> buffers{buffer("query", tensors.query, query, sizeof(E), false),
-                              buffer("key", tensors.key, key, sizeof(E), false),
-                              buffer("value", tensors.value, value, sizeof(E), false),
-                              buffer("out", tensors.out, out, sizeof(E), true),
-                              {"lse", tensors.lse, rows * 4, true}};
-  add_logit_buffers(problem, buffers);
   if (splits > 1) {
     params.partial_out = static_cast<float*>(call.workspace);
     params.partial_lse = params.partial_out + splits * rows * problem.value_dim;
-    buffers.push_back({"workspace", call.workspace, splits * rows * (problem.value_dim + 1) * 4, true});
   }
+  const auto buffers = [&] {
+    std::vector<Buffer> all{buffer("query", tensors.query, query, sizeof(E), false),
+                            buffer("key", tensors.key, key, sizeof(E), false),
+                            buffer("value", tensors.value, value, sizeof(E), false),
+                            buffer("out", tensors.out, out, sizeof(E), true),
+                            {"lse", tensors.lse, rows * 4, true}};
+    add_logit_buffers(problem, all);
+    if (splits > 1) all.push_back({"workspace", call.workspace, splits * rows * (problem.value_dim + 1) * 4, true});
+    return all;
+  };
   const Grid grid{params.row_tiles * problem.batch * problem.kv_heads, splits, 1};
-  launch<Kernel>(kernel_name<E>(pass, dim) + describe(problem), grid, params, call, buffers);
+  launch<Kernel>(kernel_name<E>(problem, pass, dim), grid, params, call, buffers);
   if (splits > 1) {
     const typename Combine<E>::Params combine{
         problem, tensors.out, static_cast<float*>(tensors.lse), params.partial_out, params.partial_lse, splits};
-    launch<Combine<E>>(kernel_name<E>("combine", dim) + describe(problem), {ceil_div(rows, Combine<E>::kWarps), 1, 1},
-                       combine, call, buffers);
+    launch<Combine<E>>(kernel_name<E>(problem, "combine", dim), {ceil_div(rows, Combine<E>::kWarps), 1, 1}, combine,
+                       call, buffers);
   }
 }
 
