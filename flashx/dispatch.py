@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from .backends import cpu, cuda, reference
+from .backends import cpu, cuda, reference, triton
 from .problem import Gradients, Inputs, Problem
 
 
@@ -56,7 +56,7 @@ class Backend(Protocol):
         """Write the gradients; that of bias sums over the dimensions that bias broadcasts over."""
 
 
-_ALL: tuple[Backend, ...] = (cuda.CUDA, cpu, reference, cuda.EMULATED)
+_ALL: tuple[Backend, ...] = (cuda.CUDA, cpu, triton, reference, cuda.EMULATED)
 BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in _ALL}
 
 

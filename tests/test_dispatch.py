@@ -22,7 +22,7 @@ WIDE = torch.randn(1, 1, 3, 300)
 
 def test_order() -> None:
     """Fast ones first, then the reference, which takes everything; what must be named comes last."""
-    assert list(dispatch.BACKENDS) == ["cuda", "cpu", "reference", "cuda_emulated"]
+    assert list(dispatch.BACKENDS) == ["cuda", "cpu", "triton", "reference", "cuda_emulated"]
     assert [name for name, backend in dispatch.BACKENDS.items() if not backend.AUTOMATIC] == ["cuda_emulated"]
     assert dispatch.BACKENDS["cpu"] is cpu and dispatch.BACKENDS["reference"] is reference
 

@@ -1,0 +1,188 @@
+"""Every Triton kernel, compiled without a GPU for the architectures that flashx is for; test_triton.py runs this file.
+
+What a compiler alone can tell: the kernels fit shared memory, they use tensor cores, and their loops hold in registers
+what they work on.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from flashx.masks import IntervalMask  # noqa: E402
+from flashx.problem import Gradients, Inputs, Problem  # noqa: E402
+from flashx.triton_impl import launch, tuning  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arch:
+    shared: int  # bytes of shared memory that a program can have
+    products: str  # the tensor cores' instruction in PTX
+
+
+ARCHS = {
+    80: Arch(163 * 1024, "mma.sync"),
+    90: Arch(227 * 1024, "wgmma.mma_async"),
+    100: Arch(227 * 1024, "tcgen05.mma"),
+    120: Arch(99 * 1024, "mma.sync"),
+}
+# Instructions for each access to local memory that is let pass in a loop: ptxas parks a few seldom used values.
+INSTRUCTIONS_PER_LOCAL = 64
+
+EVERYTHING = {"bias": torch.float32, "alibi": True, "softcap": 30.0, "sinks": True}
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "general": EVERYTHING,
+    "dropout": {"dropout_p": 0.1},
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    shared: int
+    ptx: str
+    cubin: bytes
+
+
+class _Machine:
+    """Stands in for a GPU: as much of a driver as compiling needs."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """compiled(arch, problem): the kernels that the problem's forward and backward would start there."""
+    before = driver._active
+
+    def compile_for(arch: int, problem: Problem, tf32: bool = False) -> list[Compiled]:
+        kernels = []
+
+        def run(kernel: Any, programs: int, tile: Any, *arguments: Any) -> None:
+            options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+            code = kernel.run(*arguments, grid=(programs,), warmup=True, **options)
+            kernels.append(Compiled(kernel.__name__, code.metadata.shared, code.asm["ptx"], code.asm["cubin"]))
+
+        def tiles(capability: tuple[int, int], *of: Any) -> Any:
+            return tuning.tiles((arch // 10, arch % 10), *of)
+
+        driver.set_active(_Machine(arch))
+        monkeypatch.setattr(launch, "run", run)
+        monkeypatch.setattr(launch, "tiles", tiles)
+        query = torch.empty(problem.batch, problem.q_heads, problem.q_len, problem.head_dim, dtype=problem.dtype)
+        key = torch.empty(problem.batch, problem.kv_heads, problem.k_len, problem.head_dim, dtype=problem.dtype)
+        value = torch.empty(problem.batch, problem.kv_heads, problem.k_len, problem.value_dim, dtype=problem.dtype)
+        out = torch.empty(problem.batch, problem.q_heads, problem.q_len, problem.value_dim, dtype=problem.dtype)
+        lse, per_head = torch.empty(query.shape[:3]), torch.empty(problem.q_heads)
+        bias = None if problem.bias is None else torch.empty(problem.q_len, problem.k_len, dtype=problem.bias)
+        inputs = Inputs(
+            query, key, value, bias, per_head if problem.alibi else None, per_head if problem.sinks else None,
+            torch.tensor(5) if problem.dropout_p else None,
+        )  # fmt: skip
+        grad_bias = None if bias is None or bias.dtype == torch.bool else bias
+        launch.forward(problem, inputs, out, lse, tf32)
+        launch.backward(problem, inputs, out, lse, out, lse, lse, Gradients(query, key, value, grad_bias, None), tf32)
+        return kernels
+
+    yield compile_for
+    driver._active = before
+
+
+def problem(dim: int, dtype: torch.dtype, **features: Any) -> Problem:
+    """A causal problem with grouped heads and lengths that are no tile's."""
+    mask = IntervalMask(right=0)
+    sizes = {"value_dim": dim} | features
+    return Problem(2, 4, 2, 500, 500, dim, dtype=dtype, device="cpu", mask=mask, scale=dim**-0.5, **sizes)
+
+
+def local_accesses(cubin: bytes, folder: Path, nested: bool) -> list[tuple[int, int]]:
+    """Accesses to local memory and instructions of each of the loops around tensor-core instructions.
+
+    A loop around such a loop is that over passes, which follow only where NaN or inf were met: what it holds is left
+    out. Not so if ``nested``: the kernel has no passes.
+    """
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([str(cuobjdump), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
+    products = [at for at, line in code if re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)", line)]
+    local = [at for at, line in code if re.search(r"\b(LDL|STL)\b", line)]
+    branches = [(at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", line)) for at, line in code]
+    loops = {(int(to[1], 16), at) for at, to in branches if to and int(to[1], 16) <= at}
+    loops = {(begin, end) for begin, end in loops if any(begin <= at <= end for at in products)}
+
+    def around(one: tuple[int, int], other: tuple[int, int]) -> bool:
+        return one != other and one[0] <= other[0] and other[1] <= one[1]
+
+    innermost = [loop for loop in loops if not any(around(loop, other) for other in loops)]
+    if not nested:
+        innermost = [loop for loop in innermost if not any(around(other, loop) for other in loops)]
+    assert innermost
+    every = [at for at, _ in code]
+    return [tuple(sum(begin <= at <= end for at in of) for of in (local, every)) for begin, end in innermost]
+
+
+CASES = [
+    pytest.param(arch, dim, features, marks=[] if features == "plain" or (arch, dim) == (80, 64) else pytest.mark.slow)
+    for features in FEATURES
+    for dim in (64, 128)
+    for arch in ARCHS
+]
+
+
+@pytest.mark.parametrize("arch, dim, features", CASES)
+def test_default_dims(arch: int, dim: int, features: str, compiled: Any, tmp_path: Path) -> None:
+    for kernel in compiled(arch, problem(dim, torch.float16, **FEATURES[features])):
+        assert kernel.shared <= ARCHS[arch].shared, kernel.name
+        if kernel.name == "delta_kernel":
+            continue
+        assert ARCHS[arch].products in kernel.ptx, kernel.name
+        for local, instructions in local_accesses(kernel.cubin, tmp_path, kernel.name == "grad_bias_kernel"):
+            assert local <= instructions // INSTRUCTIONS_PER_LOCAL, f"{kernel.name}: {local} of {instructions}"
+
+
+OTHERS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
+    "bfloat16": (80, 64, torch.bfloat16, {}),
+    "float32": (80, 64, torch.float32, {}),
+    "odd dims": (80, 40, torch.bfloat16, {"value_dim": 17, "bias": torch.bool}),
+    **{
+        f"{dtype} {dim} {features} {arch}".removeprefix("torch."): (arch, dim, dtype, FEATURES[features])
+        for dtype in (torch.float32, torch.bfloat16)
+        for dim in (16, 128, 256)
+        for features in FEATURES
+        for arch in ARCHS
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if index < 3 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(OTHERS)]
+)
+def test_other_kernels_fit(name: str, compiled: Any) -> None:
+    arch, dim, dtype, features = OTHERS[name]
+    for kernel in compiled(arch, problem(dim, dtype, **features)):
+        assert kernel.shared <= ARCHS[arch].shared, kernel.name

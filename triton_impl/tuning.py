@@ -1,0 +1,70 @@
+"""Tile sizes, warps and stages, as data: by element size, padded head dim and GPU. The twin of sm80/config.h.
+
+What limits them: shared memory for a program's own tile and every stage's streamed ones (99 KiB on compute capability
+8.6, 8.9 and 12, 163 on 8.0, 227 on 9.0 and 10.0), and 255 registers a thread for sums and logits. The general logits,
+dropout's words above all, take so many registers that their tiles are smaller.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    rows: int  # M, query rows
+    keys: int  # N
+    warps: int
+    stages: int
+
+
+class Sweeps(NamedTuple):
+    """Tiles for each kernel with products."""
+
+    forward: Tiles
+    grad_key_value: Tiles
+    grad_query: Tiles
+    grad_bias: Tiles
+
+
+def _sweeps(*four: tuple[int, int, int, int]) -> Sweeps:
+    return Sweeps(*(Tiles(*one) for one in four))
+
+
+# (bytes of an element, largest padded head dim): forward, dK and dV, dQ, dBias. These fit every GPU.
+_PLAIN = {
+    (2, 64): _sweeps((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1)),
+    (2, 128): _sweeps((128, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
+    (2, 256): _sweeps((64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+    # Three TF32 products for each of float32's double the operands.
+    (4, 64): _sweeps((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+    (4, 128): _sweeps((32, 32, 4, 2), (32, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1)),
+    (4, 256): _sweeps((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
+}
+_GENERAL = {
+    (2, 64): _sweeps((64, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
+    (2, 128): _sweeps((64, 64, 8, 2), (32, 64, 8, 2), (64, 16, 4, 2), (64, 32, 4, 1)),
+    (2, 256): _sweeps((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    (4, 64): _sweeps((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+    (4, 128): _sweeps((32, 16, 4, 2), (16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1)),
+    (4, 256): _sweeps((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
+}
+# What is better on GPUs of one major compute capability: (major, general) -> tiles, as above.
+_BETTER = {
+    # ptxas is shorter of registers there.
+    (12, False): {
+        (2, 64): _sweeps((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
+        (2, 128): _sweeps((128, 32, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
+    },
+    (12, True): {(2, 64): _sweeps((64, 32, 4, 2), (32, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1))},
+}
+# For the interpreter, to which every operation costs the same. No two sizes of one kernel are equal, so that none can
+# stand in for the other.
+_INTERPRETED = _sweeps((128, 64, 4, 1), (64, 128, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1))
+
+
+def tiles(capability: tuple[int, int] | None, element_bytes: int, block: int, general: bool) -> Sweeps:
+    """The tiles for a GPU, None is the interpreter, and the larger of the padded head dims."""
+    if capability is None:
+        return _INTERPRETED
+    table = (_GENERAL if general else _PLAIN) | _BETTER.get((capability[0], general), {})
+    return table[element_bytes, min(dim for size, dim in table if size == element_bytes and dim >= block)]
