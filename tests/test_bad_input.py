@@ -142,8 +142,8 @@ OPTIONS = [
     ("causal None", option(causal=None), TypeError, ("causal", "bool", "None")),
     ("causal tensor", option(causal=torch.tensor(True)), TypeError, ("causal", "bool", "Tensor")),
     ("block_mask", option(block_mask=torch.ones(1)), TypeError, ("block_mask", "None", "Tensor")),
-    ("backend unknown", option(backend="cudnn"), ValueError, ("backend", "cpu, reference", "'cudnn'")),
-    ("backend empty", option(backend=""), ValueError, ("backend", "cpu, reference", "''")),
+    ("backend unknown", option(backend="cudnn"), ValueError, ("backend", "cpu, triton, reference", "'cudnn'")),
+    ("backend empty", option(backend=""), ValueError, ("backend", "cpu, triton, reference", "''")),
     ("backend class", option(backend=3), TypeError, ("backend", "string", "int")),
 ]  # fmt: skip
 
