@@ -241,6 +241,9 @@ def problem(**changes: Any) -> tuple[Any, list[Any]]:
         ({"q_len": 2**31}, r"fewer than 2\*\*31 rows"),
         ({"k_len": 2**40}, r"fewer than 2\*\*31 rows"),
         ({"batch": 2**31}, r"fewer than 2\*\*31 rows"),
+        ({"k_len": 2**31 - 1}, r"fewer than 2\*\*31 rows"),
+        ({"q_len": 2**62, "q_heads": 4}, r"fewer than 2\*\*31 rows"),  # as packed rows 2**64, or 0
+        ({"k_len": 2**27}, "at most 65535 splits"),
         ({"dtype": 3}, "float16, bfloat16 and float32"),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from conftest import BUILT
 
 import flashx
 from flashx import _C, dispatch
-from flashx.backends import cpu, cuda, reference
+from flashx.backends import cpu, cuda, native, reference
 from flashx.masks import IntervalMask
 from flashx.problem import Problem
 
@@ -163,7 +163,7 @@ def test_machine_code_runs_on_its_major_version_and_ptx_on_everything_newer() ->
 def test_what_the_cuda_kernels_are_told(size: int, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Recorder(size)
     monkeypatch.setitem(dispatch.BACKENDS, "cuda_emulated", cuda.Cuda("cuda_emulated", "cpu", False, machine, ""))
-    monkeypatch.setattr(cuda, "_tf32", lambda: tf32)
+    monkeypatch.setattr(native, "tf32", lambda: tf32)
     query, key, value = (torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(3))
     sinks = torch.randn(2, requires_grad=True)
     out = flashx.attention(query, key, value, sinks=sinks, backend="cuda_emulated")
@@ -180,11 +180,11 @@ def test_what_the_cuda_kernels_are_told(size: int, tf32: bool, monkeypatch: pyte
 
 def test_tf32_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
-    assert cuda._tf32()
+    assert native.tf32()
     for precision, tf32 in (("tf32", True), ("ieee", False), ("none", False)):
         # Reading allow_tf32 would raise where fp32_precision was set: it is absent here.
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=precision))
-        assert cuda._tf32() is tf32
+        assert native.tf32() is tf32
 
 
 def test_forced_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,9 +86,9 @@ class Logits {
     return row;
   }
 
-  // s[m][n][i], element (own, stream) of a tile whose keys begin at k_begin. kOwnKeys: keys own, and the packed rows
-  // that stream begin at `first`; otherwise rows own, and row_of(m, half) is theirs. capped, if softcap is on, becomes
-  // the capped scores, whose slope the backward needs.
+  // s[m][n][i], element (own, stream) of a tile whose keys begin at k_begin. kOwnKeys: keys own, the warp's first one
+  // being `own`, and row_of(n, c) is the streamed row of column c of fragment n; otherwise rows own, and row_of(m,
+  // half) is theirs. capped, if softcap is on, becomes the capped scores, whose slope the backward needs.
   template <bool kOwnKeys, int kM, int kN, typename RowOf>
   FLASHX_DEVICE void operator()(float (&s)[kM][kN][4], int own, int k_begin, bool hides, RowOf row_of,
                                 float (*capped)[kN][4]) const {
@@ -128,7 +128,7 @@ class Logits {
     }
   }
 
-  // f(m, n, i, factor) for every element: dropout's factor of its weight, 0 or 1 / (1 - p).
+  // f(s[m][n][i], m, n, i, factor) for every element: dropout's factor of its weight, 0 or 1 / (1 - p).
   template <bool kOwnKeys, int kM, int kN, typename RowOf, typename F>
   FLASHX_DEVICE void drop(float (&s)[kM][kN][4], int own, int k_begin, RowOf row_of, F f) const {
     const Philox philox(problem_.seed);

@@ -39,12 +39,17 @@ void check(const Problem& p, std::initializer_list<View> views) {
   }
   if (p.head_dim < 1 || p.head_dim > 256 || p.value_dim > 256)
     refuse("head dims of 1..256 and value dims up to 256", p);
-  // Row and block indices have 32 bits on the device; a tile has at least 16 rows.
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  const int64_t longest = larger(query_rows(p), p.k_len), heads = p.batch * p.q_heads;
-  if (longest >= kLimit || heads >= kLimit || (longest / 16 + 1) * heads >= kLimit || heads * p.q_len / 4 >= kLimit) {
+  // Row and block indices have 32 bits on the device, one past a last tile too; a tile has at least 16 rows. Each size
+  // by itself comes first, so that no product overflows.
+  constexpr int64_t kLimit = int64_t{1} << 31, kTile = 1024;
+  const bool small = larger(larger(p.batch, p.q_heads), larger(p.q_len, p.k_len)) < kLimit;
+  const int64_t longest = small ? larger(query_rows(p), p.k_len) : kLimit, heads = small ? p.batch * p.q_heads : kLimit;
+  if (longest >= kLimit - kTile || heads >= kLimit || (longest / 16 + 1) * heads >= kLimit ||
+      heads * p.q_len / 4 >= kLimit) {
     refuse("fewer than 2**31 rows and tiles", p);
   }
+  constexpr int kLargestGridY = 65535;
+  if (splits(p) > kLargestGridY) refuse("at most 65535 splits of 1024 keys", p);
   const uintptr_t bytes = p.dtype == DType::Float32 ? 4 : 2;
   for (const View& view : views) {
     if (reinterpret_cast<uintptr_t>(view.data) % bytes != 0)

@@ -58,7 +58,7 @@ class Cuda:
         workspace = torch.empty(size, dtype=torch.uint8, device=out.device) if size else None
         tensors = native.forward_tensors(inputs, out, lse)
         address = 0 if workspace is None else workspace.data_ptr()
-        self.kernels.forward(described, *tensors, *_device_and_stream(out), address, _tf32())
+        self.kernels.forward(described, *tensors, *_device_and_stream(out), address, native.tf32())
 
     def backward(
         self,
@@ -74,7 +74,7 @@ class Cuda:
         delta = torch.empty_like(lse)
         described = native.with_inputs(problem, inputs)
         tensors = native.backward_tensors(inputs, out, lse, grad_out, grad_lse, delta, gradients)
-        self.kernels.backward(described, *tensors, *_device_and_stream(out), _tf32())
+        self.kernels.backward(described, *tensors, *_device_and_stream(out), native.tf32())
         native.write_sinks_gradient(inputs, lse, delta, gradients)
 
 
@@ -105,14 +105,6 @@ def _device_and_stream(tensor: torch.Tensor) -> tuple[int, int]:
     if not tensor.is_cuda:
         return 0, 0
     return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def _tf32() -> bool:
-    """Whether torch's own float32 products may be TF32."""
-    matmul = torch.backends.cuda.matmul
-    # allow_tf32 raises where the newer fp32_precision (torch 2.9) was set; the other way round they agree.
-    precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 CUDA = Cuda("cuda", "cuda", True, getattr(_C, "cuda", None), "FLASHX_CUDA=1")

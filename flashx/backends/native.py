@@ -87,6 +87,14 @@ def write_sinks_gradient(inputs: Inputs, lse: torch.Tensor, delta: torch.Tensor,
         gradients.sinks.copy_(-(torch.exp(inputs.sinks[:, None] - lse) * delta).sum((0, 2)))
 
 
+def tf32() -> bool:
+    """Whether torch's own float32 products may be TF32."""
+    matmul = torch.backends.cuda.matmul
+    # allow_tf32 raises where the newer fp32_precision (torch 2.9) was set; the other way round they agree.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 def _view(tensor: torch.Tensor) -> _View:
     batch, head, length, _ = tensor.stride()
     return tensor.data_ptr(), batch, head, length

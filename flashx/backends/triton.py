@@ -16,7 +16,6 @@ import torch
 from .. import env
 from ..problem import Gradients, Inputs, Problem
 from . import native
-from .cuda import _tf32
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -66,7 +65,7 @@ def kernel(problem: Problem) -> str:
 
 def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
     with _on_device_of(out):
-        _launch().forward(problem, inputs, out, lse, _tf32())
+        _launch().forward(problem, inputs, out, lse, native.tf32())
 
 
 def backward(
@@ -80,7 +79,7 @@ def backward(
 ) -> None:
     delta = torch.empty_like(lse)
     with _on_device_of(out):
-        _launch().backward(problem, inputs, out, lse, grad_out, grad_lse, delta, gradients, _tf32())
+        _launch().backward(problem, inputs, out, lse, grad_out, grad_lse, delta, gradients, native.tf32())
     native.write_sinks_gradient(inputs, lse, delta, gradients)
 
 

@@ -1,4 +1,5 @@
-// Tile sizes of the sm80 kernels (mma.sync, cp.async), as data. Head dims are rounded up to one of kDims.
+// Tile sizes of the sm80 kernels (mma.sync, cp.async), as data. Head dims are rounded up to a class
+// (FLASHX_DIMS of csrc/cuda/CMakeLists.txt).
 //
 // The limits: 99 KiB of shared memory a block (sm_86, sm_89, sm_120; sm_80 has 163, sm_90 and sm_100 227), 255
 // registers a thread. A warp owns 16 rows a fragment: its sums take dim / 2 registers each, its logits keys / 2.
@@ -8,7 +9,6 @@
 
 namespace flashx::sm80 {
 
-constexpr int kDims[] = {32, 64, 96, 128, 192, 256};
 constexpr int kLargestShared = 99 * 1024;
 
 struct ForwardTiles {

@@ -25,8 +25,8 @@ struct Forward {
   struct Params {
     Problem problem;
     ForwardTensors tensors;
-    float *partial_out,
-        *partial_lse;  // [split][batch, head][query][value dim] and [split][batch, head][query], or null
+    // Of the splits, or null: [split][batch, head][query][value dim] and [split][batch, head][query].
+    float *partial_out, *partial_lse;
     int64_t row_tiles;
     int split_tiles;  // key tiles of a split
     bool query_aligned, key_aligned, value_aligned, out_aligned;
