@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 _View = tuple[int, int, int, int]
+_Carry = tuple[int, int, int, bool] | None
 
 class Problem:
     dtype: int
@@ -16,7 +17,26 @@ class Problem:
     value_dim: int
     scale: float
     softcap: float
-    def set_mask(self, left: int, right: int, shift: int) -> None: ...
+    q_rows: int
+    k_rows: int
+    packed: bool
+    unified_max: float
+    def set_mask(self, left: int, right: int, shift: int, first: int) -> None: ...
+    def set_blocks(
+        self,
+        map: int,
+        batch: int,
+        head: int,
+        q_blocks: int,
+        k_blocks: int,
+        bits: int,
+        bitmaps: int,
+        q_block: int,
+        k_block: int,
+    ) -> None: ...
+    def set_sequences(self, sequences: int) -> None: ...
+    def set_members(self, members: int, member_begin: int, groups: int) -> None: ...
+    def set_pages(self, table: int, width: int, size: int, count: int) -> None: ...
     def set_bias(self, data: int, dtype: int, stride: Sequence[int], size: Sequence[int]) -> None: ...
     def set_alibi(self, data: int, batch_stride: int) -> None: ...
     def set_sinks(self, data: int) -> None: ...
@@ -33,6 +53,7 @@ def cpu_forward(
     value: _View,
     out: _View,
     lse: int,
+    carry: _Carry,
 ) -> None: ...
 def cpu_backward(
     problem: Problem,
@@ -50,6 +71,7 @@ def cpu_backward(
     grad_key: _View,
     grad_value: _View,
     grad_bias: int,
+    adds_grad_query: bool,
 ) -> None: ...
 
 class Machine(Protocol):
@@ -65,6 +87,7 @@ class Machine(Protocol):
         value: _View,
         out: _View,
         lse: int,
+        carry: _Carry,
         device: int,
         stream: int,
         workspace: int,
@@ -85,6 +108,7 @@ class Machine(Protocol):
         grad_key: _View,
         grad_value: _View,
         grad_bias: int,
+        adds_grad_query: bool,
         device: int,
         stream: int,
         tf32: bool,
@@ -94,7 +118,7 @@ class core:
     """csrc/core, for tests."""
 
     class IntervalMask:
-        def __init__(self, left: int | None, right: int | None, shift: int) -> None: ...
+        def __init__(self, left: int | None, right: int | None, shift: int, first: int = 0) -> None: ...
         def lo(self, q: int, k_len: int) -> int: ...
         def hi(self, q: int, k_len: int) -> int: ...
         def kind(self, q_first: int, q_last: int, k_begin: int, k_end: int, k_len: int) -> str: ...

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from . import dispatch, ops  # noqa: F401  (ops registers torch.ops.flashx)
-from .masks import IntervalMask
-from .problem import Inputs, Problem, accumulation_dtype, check_dense
+from . import dispatch, ops
+from .block_mask import BlockMask
+from .problem import Problem, accumulation_dtype, check_dense
 
 _WIDEST = 2**62
 
@@ -58,7 +58,7 @@ def attention(
     *,
     causal: bool = ...,
     window: Sequence[int | None] | None = ...,
-    block_mask: None = ...,
+    block_mask: BlockMask | None = ...,
     bias: torch.Tensor | None = ...,
     alibi_slopes: torch.Tensor | None = ...,
     softcap: float = ...,
@@ -78,7 +78,7 @@ def attention(
     *,
     causal: bool = ...,
     window: Sequence[int | None] | None = ...,
-    block_mask: None = ...,
+    block_mask: BlockMask | None = ...,
     bias: torch.Tensor | None = ...,
     alibi_slopes: torch.Tensor | None = ...,
     softcap: float = ...,
@@ -97,7 +97,7 @@ def attention(
     *,
     causal: bool = False,
     window: Sequence[int | None] | None = None,
-    block_mask: None = None,
+    block_mask: BlockMask | None = None,
     bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     softcap: float = 0.0,
@@ -113,6 +113,9 @@ def attention(
     ``shift = Lk - Lq``: positions are aligned bottom-right, as a KV cache needs it. Tiled online softmax after
     Dao et al., "FlashAttention", section 3.1, and Dao, "FlashAttention-2", section 3.1.
 
+    Jagged nested tensors (``torch.nested``, layout torch.jagged) work too, without bias and block_mask: Lq and Lk are
+    then each sequence's own, and results are nested like query.
+
     Args:
         query: (B, Hq, Lq, D), float16, bfloat16, float32 or (CPU) float64; D from 1 to 256. Any strides work
             without a copy as long as the last dimension is contiguous; so for key and value.
@@ -121,7 +124,8 @@ def attention(
         value: (B, Hkv, Lk, Dv), Dv up to 256.
         causal: row i sees key j only if ``j <= i + Lk - Lq``.
         window: (left, right): row i sees keys ``[i + shift - left, i + shift + right]``; ints >= 0, None is unbounded.
-        block_mask: reserved for block-sparse patterns; must be None in this version.
+        block_mask: a ``flashx.BlockMask`` over (B, Hq, Lq, Lk), broadcastable in the first two: row i sees only what
+            it, causal and window leave. Blocks that it hides are not read.
         bias: added to the logits (query's dtype or float32), or bool: True where visible. Broadcastable to
             (B, Hq, Lq, Lk), read through its strides. -inf hides like False. Differentiable.
         alibi_slopes: (Hq,) or (B, Hq), floating (Press et al., "Train Short, Test Long", section 3). No gradient.
@@ -149,7 +153,16 @@ def attention(
         >>> flashx.attention(q, k, v, causal=True).shape
         torch.Size([1, 8, 128, 64])
     """
-    arguments = _arguments(
+    if isinstance(query, torch.Tensor) and query.is_nested:
+        from .nested import attention_nested  # imports this module
+
+        nested = attention_nested(
+            query, key, value,
+            causal=causal, window=window, block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
+            sinks=sinks, dropout_p=dropout_p, scale=scale, backend=backend,
+        )  # fmt: skip
+        return nested if return_lse else nested.out
+    arguments = operator_arguments(
         query,
         key,
         value,
@@ -168,26 +181,16 @@ def attention(
     return AttentionResult(out, lse) if return_lse else out
 
 
-def explain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: Sequence[int | None] | None = None,
-    block_mask: None = None,
-    bias: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Explanation:
-    """Which backend and kernel ``flashx.attention`` would run with these arguments, and why each other one would not.
+def explain(*arguments: Any, **options: Any) -> Explanation:
+    """Which backend and kernel a call would run, and why each other one would not. Runs nothing.
 
-    Runs nothing. Arguments, and errors on bad ones, are those of ``flashx.attention``.
+    Args:
+        arguments: those of ``flashx.attention``; or a variant's function (``flashx.sliding_window_attention``, ...),
+            and then its own arguments.
+        options: its keyword arguments.
+
+    Raises:
+        ValueError, TypeError: as the function itself; ValueError for a function that has no explanation.
 
     Example:
         >>> q = torch.randn(1, 8, 128, 64)
@@ -198,31 +201,56 @@ def explain(
           cpu: chosen
           reference: could run
     """
-    *tensors, left, right, shift, scale, softcap, dropout_p, backend = _arguments(
-        query,
-        key,
-        value,
-        causal,
-        window,
-        block_mask,
-        bias,
-        alibi_slopes,
-        softcap,
-        sinks,
-        dropout_p,
-        scale,
-        backend,
-        draw=False,
-    )
-    problem = Problem.from_tensors(Inputs(*tensors), IntervalMask(left, right, shift), scale, softcap, dropout_p)
+    function: Any = attention
+    if arguments and callable(arguments[0]) and not isinstance(arguments[0], torch.Tensor):
+        function, *arguments = arguments  # type: ignore[assignment]
+    if function not in EXPLAINERS:
+        known = ", ".join(sorted(known.__name__ for known in EXPLAINERS))
+        raise ValueError(f"explain's function must be one of {known}, got {function!r}")
+    return EXPLAINERS[function](*arguments, **options)
+
+
+def explain_problem(problem: Problem, backend: str | None) -> Explanation:
+    """The explanation of one problem, for a backend asked for by name or not."""
     dispatch.check_name(backend)
     refusals = dispatch.refusals(problem)
-    chosen = next((name for name, why in refusals.items() if not why and backend in (None, name)), None)
+    automatic = [name for name, found in dispatch.BACKENDS.items() if found.AUTOMATIC]
+    candidates = automatic if backend is None else [backend]
+    chosen = next((name for name, why in refusals.items() if not why and name in candidates), None)
     kernel = None if chosen is None else dispatch.BACKENDS[chosen].kernel(problem)
     return Explanation(problem, chosen, kernel, refusals)
 
 
-def _arguments(
+def _explain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    block_mask: BlockMask | None = None,
+    sink_tokens: int = 0,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    arguments = operator_arguments(
+        query, key, value, causal, window, block_mask, bias, alibi_slopes, softcap, sinks, dropout_p, scale, backend,
+        sink_tokens=sink_tokens, draw=False,
+    )  # fmt: skip
+    return explain_problem(ops.describe(arguments), backend)
+
+
+# What explains a function's calls; takes its arguments.
+EXPLAINERS: dict[Callable[..., Any], Callable[..., Any]] = {attention: _explain_attention}
+
+
+def operator_arguments(
     query: Any,
     key: Any,
     value: Any,
@@ -236,6 +264,8 @@ def _arguments(
     dropout_p: Any,
     scale: Any,
     backend: Any,
+    *,
+    sink_tokens: Any = 0,
     draw: bool = True,
 ) -> tuple[Any, ...]:
     """The operator's arguments; checks what the operator's own checks (Problem.from_tensors) can no longer see."""
@@ -251,10 +281,14 @@ def _arguments(
             raise TypeError(
                 f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(tensor).__name__}"
             )
-    if block_mask is not None:
-        raise TypeError(f"block_mask must be None in this version, got {type(block_mask).__name__}")
+    if block_mask is not None and not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a flashx.BlockMask or None, got {type(block_mask).__name__}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, (int, torch.SymInt)):
+        raise TypeError(f"sink_tokens must be an int, got {type(sink_tokens).__name__}")
+    if not 0 <= sink_tokens < 2**31:
+        raise ValueError(f"sink_tokens must be >= 0 and below 2**31, got {sink_tokens}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     softcap = _number("softcap", softcap)
@@ -289,10 +323,15 @@ def _arguments(
         else:
             seed = torch.zeros((), dtype=torch.int64, device="cpu")
     shift = key.shape[2] - query.shape[2]
-    return (
+    plain = (
         query, key, value, bias, alibi_slopes, sinks, seed,
         left, right, shift, scale, softcap, dropout_p, backend,
     )  # fmt: skip
+    if block_mask is None and sink_tokens == 0:
+        return plain
+    if block_mask is None:
+        return *plain, None, None, None, None, None, None, sink_tokens
+    return *plain, block_mask.map, block_mask.bits, None, None, None, None, sink_tokens, *block_mask.block
 
 
 def _in_accumulation_dtype(name: str, tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from .backends import cpu, cuda, reference, triton
-from .problem import Gradients, Inputs, Problem
+from .problem import Carry, Gradients, Inputs, Problem
 
 
 class Backend(Protocol):
@@ -40,8 +40,9 @@ class Backend(Protocol):
         inputs: Inputs,
         out: torch.Tensor,
         lse: torch.Tensor,
+        carry: Carry | None = None,
     ) -> None:
-        """Write the output (B, Hq, Lq, Dv) and the log-sum-exp (B, Hq, Lq)."""
+        """Write the output (B, Hq, Lq, Dv) and the log-sum-exp (B, Hq, Lq), or go on from and to a carry."""
 
     def backward(
         self,
@@ -53,7 +54,10 @@ class Backend(Protocol):
         grad_lse: torch.Tensor | None,
         gradients: Gradients,
     ) -> None:
-        """Write the gradients; that of bias sums over the dimensions that bias broadcasts over."""
+        """Write the gradients; that of bias sums over the dimensions that bias broadcasts over.
+
+        out, lse and their gradients are those of all calls that share the queries, if gradients.adds_query.
+        """
 
 
 _ALL: tuple[Backend, ...] = (cuda.CUDA, cpu, triton, reference, cuda.EMULATED)

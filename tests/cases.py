@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import flashx
+
 NAN = float("nan")
 
 
@@ -29,6 +31,18 @@ class Bias:
 
     def __str__(self) -> str:
         return "_".join([self.shape, self.values, *([self.storage] if self.storage != "contiguous" else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A block mask by its shape's letters ("11", "b1", "1h", "bh"), its blocks' sizes and its kind: _BLOCK_MASKS."""
+
+    shape: str
+    block: tuple[int, int] = (64, 64)
+    kind: str = "mixed"
+
+    def __str__(self) -> str:
+        return f"{self.shape}_{self.block[0]}x{self.block[1]}_{self.kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,8 @@ class Case:
     query_storage: str = "contiguous"
     kv_storage: str = "contiguous"
     seed: int = 0
+    sink_tokens: int = 0
+    blocks: Blocks | None = None
 
     def __str__(self) -> str:
         """The test id: sizes, then whatever is not the default."""
@@ -72,8 +88,12 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         """flashx.attention's arguments that are not tensors."""
-        names = ("causal", "window", "softcap", "dropout_p", "scale")
+        names = ("causal", "window", "softcap", "dropout_p", "scale", *["sink_tokens"] * (self.sink_tokens > 0))
         return {name: getattr(self, name) for name in names}
+
+    def attention(self) -> Callable[..., Any]:
+        """The function of flashx that has what the case asks for."""
+        return flashx.sliding_window_attention if self.sink_tokens else flashx.attention
 
     def inputs(self, dtype: torch.dtype) -> Inputs:
         """The case's tensors: drawn in float64, rounded to dtype, laid out as the case says."""
@@ -106,7 +126,18 @@ class Case:
             slopes = draw(*(sizes[letter] for letter in self.alibi)).abs().to(wide)
         if self.sinks:
             sinks = (2 * draw(self.heads)).to(dtype)
-        return Inputs(query, key, value, bias, slopes, sinks, grad_out, grad_lse)
+        visible = None
+        if self.blocks is not None:
+            lead = [sizes[letter] for letter in self.blocks.shape]
+            lengths = (self.q_len, self.k_len)
+            blocks = [-(-length // size) for length, size in zip(lengths, self.blocks.block, strict=True)]
+            which = draw(*lead, *blocks)
+            for dim, size in zip((-2, -1), self.blocks.block, strict=True):
+                which = which.repeat_interleave(size, dim)
+            which = which[..., : self.q_len, : self.k_len]
+            visible = _BLOCK_MASKS[self.blocks.kind](which, draw(*which.shape))
+        block = None if self.blocks is None else self.blocks.block
+        return Inputs(query, key, value, bias, slopes, sinks, grad_out, grad_lse, visible, block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +152,29 @@ class Inputs:
     sinks: torch.Tensor | None
     grad_out: torch.Tensor
     grad_lse: torch.Tensor
+    visible: torch.Tensor | None = None  # a block mask's elements
+    block: tuple[int, int] | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """Every tensor changed."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Inputs(*(None if tensor is None else change(tensor) for tensor in tensors))
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            changed[field.name] = change(value) if isinstance(value, torch.Tensor) else value
+        return Inputs(**changed)
 
     def differentiable(self) -> dict[str, torch.Tensor]:
         """The tensors that have gradients, by name."""
         named = {name: getattr(self, name) for name in ("query", "key", "value", "bias", "sinks")}
         return {name: t for name, t in named.items() if t is not None and t.is_floating_point()}
 
-    def arguments(self) -> dict[str, torch.Tensor | None]:
-        """flashx.attention's arguments that are tensors."""
+    def arguments(self) -> dict[str, Any]:
+        """flashx.attention's arguments that are tensors, or made of them."""
         names = ("query", "key", "value", "bias", "alibi_slopes", "sinks")
-        return {name: getattr(self, name) for name in names}
+        arguments = {name: getattr(self, name) for name in names}
+        if self.visible is not None:
+            arguments["block_mask"] = flashx.BlockMask.from_dense(self.visible, self.block)
+        return arguments
 
 
 # What stands around the elements in memory is NaN (True for masks), so that a kernel that reads past them shows it.
@@ -218,6 +257,17 @@ _BIAS_VALUES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bool_few": lambda values: values > 2,  # most tiles are empty, most rows too
     "bool_none": lambda values: torch.zeros_like(values, dtype=torch.bool),
     "bool_all": lambda values: torch.ones_like(values, dtype=torch.bool),
+}
+
+# From a number for each block and one for each element.
+_BLOCK_MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mixed": lambda block, element: (block > 0.7) | ((block > 0) & (element > 0)),  # half hidden, a quarter full
+    "blocks": lambda block, element: block > 0,
+    "few": lambda block, element: block > 1.5,  # one in fifteen
+    "hidden_rows": lambda block, element: _hidden_rows(element) & (block > -0.5),
+    "none": lambda block, element: block > torch.inf,
+    "all": lambda block, element: block < torch.inf,
+    "one": lambda block, element: element >= element.max(),  # a single element
 }
 
 _LENGTHS = [
@@ -330,7 +380,41 @@ COMBINED = [
     Case(5, 260, 32, 64, 2, 9, 3, False, (64, 64), Bias("bhqk", "add", "one_row"), None, 0.0, True, 0.3),
 ]
 
-CASES = LENGTHS + HEAD_DIMS + GROUPS + WINDOWS + BIASES + LOGITS + LAYOUTS + EMPTY + COMBINED
+SINK_TOKENS = [
+    Case(130, 130, window=(20, 0), sink_tokens=4, heads=2),
+    Case(300, 300, 32, window=(33, None), causal=True, sink_tokens=1, heads=2, kv_heads=1),
+    Case(257, 400, window=(63, 7), sink_tokens=70, heads=2, sinks=True),
+    Case(200, 60, window=(5, 5), sink_tokens=16, alibi="h"),
+    Case(1, 517, 64, window=(100, 0), sink_tokens=20, batch=2, heads=8, kv_heads=2),
+    Case(150, 500, window=(16, 0), sink_tokens=1000),
+    Case(420, 420, window=(64, 0), sink_tokens=129, dropout_p=0.3, bias=Bias("qk", "hide"), heads=2),
+]
+
+BLOCK_MASKS = [
+    Case(200, 200, heads=2, blocks=Blocks("11")),
+    Case(257, 300, 32, heads=2, blocks=Blocks("1h"), causal=True),
+    Case(130, 390, batch=2, heads=4, kv_heads=2, blocks=Blocks("bh"), causal=True),
+    Case(130, 390, 64, batch=2, heads=4, kv_heads=2, blocks=Blocks("b1", (128, 128)), window=(150, 20)),
+    Case(300, 310, heads=2, blocks=Blocks("1h", (16, 16)), alibi="h"),
+    Case(150, 280, heads=3, kv_heads=1, blocks=Blocks("1h", (16, 48)), softcap=2.0, magnitude=4.0),
+    Case(290, 270, 40, 24, heads=2, blocks=Blocks("11", (96, 32)), sinks=True, causal=True),
+    Case(333, 530, heads=1, blocks=Blocks("11", (256, 256)), dropout_p=0.3),
+    Case(500, 400, 8, heads=2, blocks=Blocks("11", (32, 80), "few"), causal=True),
+    Case(260, 260, heads=2, blocks=Blocks("1h", (64, 64), "blocks"), bias=Bias("bhqk", "hide")),
+    Case(260, 260, batch=2, heads=2, blocks=Blocks("bh", (64, 64), "hidden_rows"), bias=Bias("qk")),
+    Case(100, 100, 8, blocks=Blocks("11", (64, 64), "none")),
+    Case(100, 100, 8, blocks=Blocks("11", (64, 64), "none"), sinks=True),
+    Case(130, 200, 8, blocks=Blocks("11", (64, 64), "all"), causal=True),
+    Case(300, 300, 8, blocks=Blocks("11", (64, 64), "one")),
+    Case(3, 700, 64, batch=2, heads=8, kv_heads=2, blocks=Blocks("bh", (16, 64)), causal=True),
+    Case(1, 2500, 16, heads=4, kv_heads=1, blocks=Blocks("1h", (16, 128))),
+    Case(400, 400, heads=2, blocks=Blocks("1h"), window=(100, 0), sink_tokens=40, causal=True),
+    Case(0, 5, blocks=Blocks("11")), Case(5, 0, blocks=Blocks("11"), sinks=True),
+]  # fmt: skip
+
+CASES = (
+    LENGTHS + HEAD_DIMS + GROUPS + WINDOWS + BIASES + LOGITS + LAYOUTS + EMPTY + COMBINED + SINK_TOKENS + BLOCK_MASKS
+)
 
 
 def default_scale(case: Case) -> float:

@@ -32,7 +32,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     backend, _, isa = request.param.partition("/")
     monkeypatch.setenv("FLASHX_CPU_ISA", isa)
     if backend in CUDA_ENGINES:
-        monkeypatch.setattr(flashx, "attention", tolerance.without_float64(backend))
+        for name in ("attention", "sliding_window_attention", "block_sparse_attention"):
+            monkeypatch.setattr(flashx, name, tolerance.without_float64(backend, getattr(flashx, name)))
     cpu.isa.cache_clear()
     yield backend
     cpu.isa.cache_clear()

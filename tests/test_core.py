@@ -12,23 +12,24 @@ from flashx import _C, masks, philox
 WIDTHS = (None, 0, 1, 2, 5)
 SHIFTS = (-9, -3, -1, 0, 1, 2, 8)
 LENGTHS = (0, 1, 2, 3, 7)
-MASKS = list(itertools.product(WIDTHS, WIDTHS, SHIFTS))
+FIRSTS = (0, 2)
+MASKS = [mask for mask in itertools.product(WIDTHS, WIDTHS, SHIFTS, FIRSTS) if mask[0] is not None or mask[3] == 0]
 
 
-@pytest.mark.parametrize("left, right, shift", MASKS)
-def test_interval_mask_is_the_python_mask(left: int | None, right: int | None, shift: int) -> None:
-    core, python = _C.core.IntervalMask(left, right, shift), masks.IntervalMask(left, right, shift)
+@pytest.mark.parametrize("left, right, shift, first", MASKS)
+def test_interval_mask_is_the_python_mask(left: int | None, right: int | None, shift: int, first: int) -> None:
+    core, python = _C.core.IntervalMask(left, right, shift, first), masks.IntervalMask(left, right, shift, first)
     for q_len, k_len in itertools.product(LENGTHS, LENGTHS):
         dense = python.dense(q_len, k_len)
         for q in range(q_len):
             lo, hi = core.lo(q, k_len), core.hi(q, k_len)
             assert (lo, hi) == (python.lo(q, k_len), python.hi(q, k_len))
-            assert dense[q].tolist() == [lo <= k < hi for k in range(k_len)]
+            assert dense[q].tolist() == [lo <= k < hi or k < min(first, hi) for k in range(k_len)]
 
 
-@pytest.mark.parametrize("left, right, shift", MASKS)
-def test_tile_kind_is_what_the_elements_say(left: int | None, right: int | None, shift: int) -> None:
-    core, python = _C.core.IntervalMask(left, right, shift), masks.IntervalMask(left, right, shift)
+@pytest.mark.parametrize("left, right, shift, first", MASKS)
+def test_tile_kind_is_what_the_elements_say(left: int | None, right: int | None, shift: int, first: int) -> None:
+    core, python = _C.core.IntervalMask(left, right, shift, first), masks.IntervalMask(left, right, shift, first)
     q_len, k_len = 5, 6
     dense = python.dense(q_len, k_len)
     for q_first, q_last in itertools.combinations_with_replacement(range(q_len), 2):
@@ -39,15 +40,18 @@ def test_tile_kind_is_what_the_elements_say(left: int | None, right: int | None,
                 assert not tile.any()
             if kind == "full":
                 assert k_end <= k_len and tile.all()
-            # The other way round: nothing visible is skipped, and a wholly visible tile is not masked in vain.
-            if tile.numel() and tile.all() and k_end <= k_len:
+            # The other way round: nothing visible is skipped, and a wholly visible tile is not masked in vain, unless
+            # it holds first keys that the window has left behind.
+            if tile.numel() and tile.all() and k_end <= k_len and k_begin >= first:
                 assert kind == "full"
 
 
-@pytest.mark.parametrize("left, right, shift", MASKS)
+@pytest.mark.parametrize("left, right, shift, first", MASKS)
 @pytest.mark.parametrize("tile_len", [1, 2, 3, 4])
-def test_schedules_visit_what_is_visible(left: int | None, right: int | None, shift: int, tile_len: int) -> None:
-    core, python = _C.core.IntervalMask(left, right, shift), masks.IntervalMask(left, right, shift)
+def test_schedules_visit_what_is_visible(
+    left: int | None, right: int | None, shift: int, first: int, tile_len: int
+) -> None:
+    core, python = _C.core.IntervalMask(left, right, shift, first), masks.IntervalMask(left, right, shift, first)
     for q_len, k_len in itertools.product((1, 2, 5, 7), (0, 1, 4, 7)):
         dense = python.dense(q_len, k_len)
         for q_first, q_last in itertools.combinations_with_replacement(range(q_len), 2):
@@ -62,10 +66,10 @@ def test_schedules_visit_what_is_visible(left: int | None, right: int | None, sh
                     assert rows[:, begin:end].all()
             assert [t[0] for t in tiles] == sorted(t[0] for t in tiles)
             assert not (rows.any(0) & ~visited).any(), "a visible key was left out"
-            # IO-awareness: the first and the last tile are there for a key that the row range can reach.
-            if tiles:
-                span = range(python.lo(q_first, k_len), python.hi(q_last, k_len))
-                assert tiles[0][0] <= span[0] < tiles[0][1] and tiles[-1][0] <= span[-1] < tiles[-1][1]
+            # IO-awareness: every tile is there for a key that the row range can reach.
+            lo, hi = python.lo(q_first, k_len), python.hi(q_last, k_len)
+            for begin, end, _ in tiles:
+                assert begin < min(first, hi) or max(begin, lo) < min(end, hi)
         for k_begin in range(0, k_len, tile_len):
             k_end = min(k_begin + tile_len, k_len)
             begin, end = _C.core.column_schedule(core, q_len, k_begin, k_end)
@@ -76,11 +80,13 @@ def test_schedules_visit_what_is_visible(left: int | None, right: int | None, sh
                 assert (begin, end) == (seeing[0], seeing[-1] + 1)
 
 
-@pytest.mark.parametrize("left, right, shift", MASKS)
+@pytest.mark.parametrize("left, right, shift, first", MASKS)
 @pytest.mark.parametrize("tile_len", [1, 2, 3])
-def test_rows_and_columns_name_the_same_tiles(left: int | None, right: int | None, shift: int, tile_len: int) -> None:
+def test_rows_and_columns_name_the_same_tiles(
+    left: int | None, right: int | None, shift: int, first: int, tile_len: int
+) -> None:
     """Key tiles take turns at adding to dQ: a tile that only one schedule named would keep the others waiting."""
-    core = _C.core.IntervalMask(left, right, shift)
+    core = _C.core.IntervalMask(left, right, shift, first)
     for q_len, k_len, block in itertools.product((1, 4, 7), (1, 5, 7), (1, 2, 3)):
         columns = {
             begin: _C.core.column_schedule(core, q_len, begin, min(begin + tile_len, k_len))
@@ -96,7 +102,7 @@ def test_rows_and_columns_name_the_same_tiles(left: int | None, right: int | Non
 def test_extreme_masks_do_not_overflow() -> None:
     huge = 2**62
     for left, right, shift in itertools.product((None, 0, huge), (None, 0, huge), (-huge, 0, huge)):
-        core = _C.core.IntervalMask(left, right, shift)
+        core = _C.core.IntervalMask(left, right, shift, 2)
         assert 0 <= core.lo(3, 10) <= 10 and 0 <= core.hi(3, 10) <= 10
 
 

@@ -219,11 +219,12 @@ def problem(**changes: Any) -> tuple[Any, list[Any]]:
     """A native problem with tensors for it, and attributes changed behind the checks of flashx/problem.py."""
     tensors = draw(8, 8, 16)
     inputs = Inputs(*tensors, None, None, None, None)
-    described = native.with_inputs(Problem.from_tensors(inputs, IntervalMask(), 1.0, 0.0, 0.0), inputs)
+    checked = Problem.from_tensors(inputs, IntervalMask(), 1.0)
+    described = native.with_inputs(checked, inputs)
     out, lse = torch.empty_like(tensors[0]), torch.empty(1, 1, 8)
     for name, value in changes.items():
         setattr(described, name, value)
-    return described, [*native.forward_tensors(inputs, out, lse), tensors, out, lse]
+    return described, [*native.forward_tensors(checked, inputs, out, lse), tensors, out, lse]
 
 
 @emulated
@@ -251,7 +252,7 @@ def problem(**changes: Any) -> tuple[Any, list[Any]]:
 def test_sizes_that_the_launch_refuses(counted: Any, changes: dict[str, int], rule: str) -> None:
     described, arguments = problem(**changes)
     with pytest.raises(ValueError, match=rule):
-        counted.forward(described, *arguments[:5], 0, 0, 0, False)
+        counted.forward(described, *arguments[:5], None, 0, 0, 0, False)
     assert traffic() == {}
 
 
@@ -262,7 +263,7 @@ def test_addresses_that_the_launch_refuses(counted: Any, which: int) -> None:
     address, *strides = arguments[which]
     arguments[which] = (address + 1, *strides)
     with pytest.raises(ValueError, match="multiples of the element size"):
-        counted.forward(described, *arguments[:5], 0, 0, 0, False)
+        counted.forward(described, *arguments[:5], None, 0, 0, 0, False)
     assert traffic() == {}
 
 
@@ -272,7 +273,7 @@ def test_faults_name_kernel_and_problem() -> None:
     slopes = torch.zeros(2)
     described.set_alibi(slopes.data_ptr() + 2, 0)
     with pytest.raises(_C.cuda_emulated.Fault, match=r"sm80/forward.*<float16, 32> \(batch 1, .*lengths 8 x 8"):
-        _C.cuda_emulated.forward(described, *arguments[:5], 0, 0, 0, False)
+        _C.cuda_emulated.forward(described, *arguments[:5], None, 0, 0, 0, False)
 
 
 # ---- Determinism

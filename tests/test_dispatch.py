@@ -29,7 +29,7 @@ def test_order() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_cpu_kernels_take_every_case(case: Case) -> None:
-    explanation = flashx.explain(**case.inputs(torch.float32).arguments(), **case.options())
+    explanation = flashx.explain(case.attention(), **case.inputs(torch.float32).arguments(), **case.options())
     assert explanation.backend == "cpu" and explanation.refusals["cpu"] == explanation.refusals["reference"] == []
     assert explanation.refusals["cuda"][-1] == "tensors are on cpu, not on cuda"
 
@@ -38,7 +38,8 @@ def test_the_cpu_kernels_take_every_case(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_cuda_kernels_take_every_case(case: Case) -> None:
     arguments = case.inputs(torch.bfloat16).arguments()
-    assert flashx.explain(**arguments, **case.options(), backend="cuda_emulated").backend == "cuda_emulated"
+    explanation = flashx.explain(case.attention(), **arguments, **case.options(), backend="cuda_emulated")
+    assert explanation.backend == "cuda_emulated"
 
 
 def test_explanation(engine: str) -> None:
@@ -172,10 +173,11 @@ def test_what_the_cuda_kernels_are_told(size: int, tf32: bool, monkeypatch: pyte
     assert (problem.q_len, problem.k_len, problem.head_dim) == (3, 3, 8)
     assert [view[0] for view in forward[:4]] == [tensor.data_ptr() for tensor in (query, key, value, out)]
     assert forward[:4] == backward[:4] and forward[4] == backward[4]
-    device, stream, workspace, asked = forward[5:]
+    carry, device, stream, workspace, asked = forward[5:]
+    assert carry is None and backward[-4] is False
     assert (device, stream, asked) == (0, 0, tf32) and bool(workspace) == bool(size) and workspace % 16 == 0
     assert backward[-3:] == [0, 0, tf32]
-    assert len(forward) == 9 and len(backward) == 15
+    assert len(forward) == 10 and len(backward) == 16
 
 
 def test_tf32_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,11 +295,20 @@ class Dispatching(torch.Tensor):
         return func(*plain, **(kwargs or {}))
 
 
+class Handling(torch.Tensor):
+    """A subclass with a say of its own, like MaskedTensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 FALLBACKS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "head dimensions 300 and 300": ((WIDE,) * 3, {}),
     "head dimensions 0 and 8": ((Q[..., :0], Q[..., :0], Q), {}),
     "nested": ((NESTED,) * 3, {}),
-    "NestedTensor handles torch functions": ((JAGGED,) * 3, {}),
+    "jagged in their length": ((JAGGED.transpose(1, 2),) * 3, {}),
+    "Handling handles torch functions by itself": ((Q.as_subclass(Handling),) * 3, {}),
     "Dispatching dispatches by itself": ((Dispatching(Q),) * 3, {}),
     "tensors are on meta": ((Q.to("meta"),) * 3, {}),
     "attn_mask and is_causal are both given": ((Q, Q, Q, MASK), {"is_causal": True}),

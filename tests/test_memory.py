@@ -29,10 +29,13 @@ length, options, backward = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[
 torch.set_num_threads(2)
 torch.manual_seed(0)
 bias = torch.zeros(length, requires_grad=True) if options.pop("bias", False) else None
+blocks = options.pop("blocks", False)
 
 def attend(n):
     query, key, value = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
-    out = flashx.attention(query, key, value, bias=None if bias is None else bias[:n], backend="cpu", **options)
+    mask = flashx.BlockMask.streaming(n, n, sink=70, local=150) if blocks else None
+    options.update(bias=None if bias is None else bias[:n], block_mask=mask)
+    out = flashx.attention(query, key, value, backend="cpu", **options)
     if backward:
         out.sum().backward()
 
@@ -54,6 +57,7 @@ def _growth_mib(options: dict[str, object], direction: str) -> float:
 OPTIONS = [
     ({"causal": True}, "forward"),
     ({"window": [100, 100]}, "backward"),
+    ({"blocks": True}, "backward"),
     ({"window": [64, 0], "bias": True, "dropout_p": 0.1, "softcap": 5.0}, "backward"),
 ]
 

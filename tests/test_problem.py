@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Bias, Case
+from cases import CASES, Bias, Blocks, Case
 
 import flashx
 from flashx.masks import IntervalMask
@@ -15,7 +15,7 @@ from flashx.problem import DTYPES, Problem, accumulation_dtype
 
 
 def described(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
-    return flashx.explain(**case.inputs(dtype).arguments(), **case.options()).problem
+    return flashx.explain(case.attention(), **case.inputs(dtype).arguments(), **case.options()).problem
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -32,13 +32,14 @@ def test_a_problem_says_what_the_case_says(case: Case) -> None:
         value_dim=case.head_dim if case.value_dim is None else case.value_dim,
         dtype=torch.float32,
         device="cpu",
-        mask=IntervalMask(left, 0 if case.causal else right, case.k_len - case.q_len),
+        mask=IntervalMask(left, 0 if case.causal else right, case.k_len - case.q_len, case.sink_tokens),
         scale=case.head_dim**-0.5 if case.scale is None else case.scale,
         softcap=case.softcap,
         dropout_p=case.dropout_p,
         bias=None if bias is None else bias.dtype,
         alibi=case.alibi is not None,
         sinks=case.sinks,
+        block=None if case.blocks is None else case.blocks.block,
     )
     problem = described(case)
     assert problem == replace(expected, scale=problem.scale)
@@ -61,6 +62,8 @@ def test_print() -> None:
     assert str(described(Case(5, 7))) == "batch 1, heads 1/1, length 5x7, dim 16/16, float32 on cpu"
     assert "boolean mask" in str(described(Case(5, 7, bias=Bias("qk", "bool"))))
     assert "window (None, 0) shift 2" in str(described(Case(5, 7, causal=True)))
+    blocks = Case(70, 80, window=(3, 0), sink_tokens=2, blocks=Blocks("11", (32, 64)))
+    assert str(described(blocks)).endswith("; window (3, 0) shift 10; sink tokens 2; block mask of 32 x 64")
     # A single query at the end of the keys sees all of them: that is no mask at all.
     assert "window" not in str(described(Case(1, 7, causal=True)))
 

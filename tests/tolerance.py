@@ -39,7 +39,7 @@ def attend(case: Case, inputs: Inputs, backend: str | None = None) -> Results:
     torch.manual_seed(case.seed)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.differentiable().items()}
     arguments = {**inputs.arguments(), **leaves, **case.options()}
-    out, lse = flashx.attention(**arguments, return_lse=True, backend=backend)
+    out, lse = case.attention()(**arguments, return_lse=True, backend=backend)
     return _results(out, lse, leaves, inputs)
 
 
@@ -48,12 +48,14 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
 
 
-def without_float64(backend: str) -> Callable[..., Any]:
-    """flashx.attention for tensors on the CPU, computed by a CUDA backend on its device; float64 skips the test."""
-    original, device = flashx.attention, device_of(backend)
+def without_float64(backend: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function for tensors on the CPU, computed by a CUDA backend; float64 skips the test."""
+    device = device_of(backend)
 
     def attention(*tensors: torch.Tensor, **arguments: Any) -> Any:
         def there(value: Any) -> Any:
+            if isinstance(value, flashx.BlockMask):
+                return value.to(device)
             return _Moved.apply(value, device) if isinstance(value, torch.Tensor) and device != "cpu" else value
 
         query = tensors[0] if tensors else arguments["query"]
@@ -109,9 +111,11 @@ def naive(case: Case, inputs: Inputs, dtype: torch.dtype, shuffle: torch.Generat
     if case.causal:
         visible &= j <= i
     if left is not None:
-        visible &= j >= i - left
+        visible &= (j >= i - left) | (j < case.sink_tokens)
     if right is not None:
         visible &= j <= i + right
+    if inputs.visible is not None:
+        visible = visible & inputs.visible
     if inputs.alibi_slopes is not None:
         logits = logits - inputs.alibi_slopes.to(dtype)[..., None, None] * (i - j).abs()
     if "bias" in leaves:

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from flashx.masks import IntervalMask  # noqa: E402
-from flashx.problem import Gradients, Inputs, Problem  # noqa: E402
+from flashx.problem import Carry, Gradients, Inputs, Problem  # noqa: E402
 from flashx.triton_impl import launch, tuning  # noqa: E402
 
 
@@ -42,10 +42,20 @@ ARCHS = {
 INSTRUCTIONS_PER_LOCAL = 64
 
 EVERYTHING = {"bias": torch.float32, "alibi": True, "softcap": 30.0, "sinks": True}
+WINDOW = IntervalMask(left=200, right=0, first=4)
+# What Problem's fields are; "state" has a call go on from one, or leave one, too.
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "general": EVERYTHING,
     "dropout": {"dropout_p": 0.1},
+    "sink tokens": {"mask": WINDOW},
+    "blocks": {"block": (64, 64)},
+    "small blocks": {"block": (16, 48), "mask": WINDOW},
+    "packed": {"ragged": True, "packed": True},
+    "members": {"ragged": True, "groups": 3, "mask": WINDOW, "state": "suspended"},
+    "suffixes": {"ragged": True, "block": (32, 32), "sinks": True, "state": "finished"},
+    "decoding": {"ragged": True, "q_len": 1, "k_len": 5000, "unified_max": 3.0},
+    "pages": {"ragged": True, "q_len": 1, "k_len": 5000, "page": 16},
 }
 
 
@@ -75,15 +85,15 @@ class _Machine:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """compiled(arch, problem): the kernels that the problem's forward and backward would start there."""
+    """compiled(arch, problem, state): the kernels that the problem's forward and backward would start there."""
     before = driver._active
 
-    def compile_for(arch: int, problem: Problem, tf32: bool = False) -> list[Compiled]:
+    def compile_for(arch: int, problem: Problem, state: str | None = None) -> list[Compiled]:
         kernels = []
 
-        def run(kernel: Any, programs: int, tile: Any, *arguments: Any) -> None:
+        def run(kernel: Any, grid: tuple[int, int], tile: Any, *arguments: Any) -> None:
             options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-            code = kernel.run(*arguments, grid=(programs,), warmup=True, **options)
+            code = kernel.run(*arguments, grid=grid, warmup=True, **options)
             kernels.append(Compiled(kernel.__name__, code.metadata.shared, code.asm["ptx"], code.asm["cubin"]))
 
         def tiles(capability: tuple[int, int], *of: Any) -> Any:
@@ -92,19 +102,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         driver.set_active(_Machine(arch))
         monkeypatch.setattr(launch, "run", run)
         monkeypatch.setattr(launch, "tiles", tiles)
-        query = torch.empty(problem.batch, problem.q_heads, problem.q_len, problem.head_dim, dtype=problem.dtype)
-        key = torch.empty(problem.batch, problem.kv_heads, problem.k_len, problem.head_dim, dtype=problem.dtype)
-        value = torch.empty(problem.batch, problem.kv_heads, problem.k_len, problem.value_dim, dtype=problem.dtype)
-        out = torch.empty(problem.batch, problem.q_heads, problem.q_len, problem.value_dim, dtype=problem.dtype)
-        lse, per_head = torch.empty(query.shape[:3]), torch.empty(problem.q_heads)
-        bias = None if problem.bias is None else torch.empty(problem.q_len, problem.k_len, dtype=problem.bias)
-        inputs = Inputs(
-            query, key, value, bias, per_head if problem.alibi else None, per_head if problem.sinks else None,
-            torch.tensor(5) if problem.dropout_p else None,
-        )  # fmt: skip
-        grad_bias = None if bias is None or bias.dtype == torch.bool else bias
-        launch.forward(problem, inputs, out, lse, tf32)
-        launch.backward(problem, inputs, out, lse, out, lse, lse, Gradients(query, key, value, grad_bias, None), tf32)
+        inputs = tensors(problem)
+        query, key, value = inputs[:3]
+        out, lse = query.new_empty(*query.shape[:3], problem.value_dim), torch.empty(query.shape[:3])
+        carry = None if state is None else Carry(lse, lse, torch.empty(out.shape), state == "suspended")
+        launch.forward(problem, inputs, out, lse, carry, False)
+        if problem.page is None and problem.q_len > 1:
+            grad_bias = inputs.bias if inputs.bias is not None and inputs.bias.is_floating_point() else None
+            grad_query = torch.empty(query.shape) if carry is not None else query
+            gradients = Gradients(grad_query, key, value, grad_bias, None, carry is not None)
+            launch.backward(problem, inputs, out, lse, out, lse, lse, gradients, False)
         return kernels
 
     yield compile_for
@@ -113,16 +120,52 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def problem(dim: int, dtype: torch.dtype, **features: Any) -> Problem:
     """A causal problem with grouped heads and lengths that are no tile's."""
-    mask = IntervalMask(right=0)
-    sizes = {"value_dim": dim} | features
-    return Problem(2, 4, 2, 500, 500, dim, dtype=dtype, device="cpu", mask=mask, scale=dim**-0.5, **sizes)
+    sizes: dict[str, Any] = {"q_len": 500, "k_len": 500, "value_dim": dim, "mask": IntervalMask(right=0)} | features
+    rows = {} if "ragged" not in sizes else {"q_rows": sizes["q_len"], "k_rows": sizes["k_len"]}
+    return Problem(2, 4, 2, head_dim=dim, dtype=dtype, device="cpu", scale=dim**-0.5, **sizes, **rows)
 
 
-def local_accesses(cubin: bytes, folder: Path, nested: bool) -> list[tuple[int, int]]:
+def tensors(problem: Problem) -> Inputs:
+    """Tensors of the problem's sizes, whatever they hold."""
+    keys = (problem.batch if problem.groups is None else problem.groups, problem.kv_heads, problem.k_len)
+    if problem.page is not None:
+        keys = (problem.k_len // problem.page, problem.kv_heads, problem.page)
+    entries = 1 if problem.packed else problem.batch
+    per_head = torch.empty(problem.q_heads)
+    bias = block_map = block_bits = None
+    if problem.bias is not None:
+        bias = torch.empty(problem.q_len, problem.k_len, dtype=problem.bias)
+    if problem.block is not None:
+        rows, columns = problem.block
+        block_map = torch.empty(1, problem.q_heads, -(-problem.q_len // rows), -(-problem.k_len // columns))
+        block_map, block_bits = block_map.int(), torch.empty(5, rows, -(-columns // 32), dtype=torch.int32)
+
+    def table(*sizes: int, given: bool = True) -> torch.Tensor | None:
+        return torch.empty(sizes, dtype=torch.int32) if given else None
+
+    shared = problem.groups is not None
+    return Inputs(
+        torch.empty(entries, problem.q_heads, problem.q_len, problem.head_dim, dtype=problem.dtype),
+        torch.empty(*keys, problem.head_dim, dtype=problem.dtype),
+        torch.empty(*keys, problem.value_dim, dtype=problem.dtype),
+        bias, per_head if problem.alibi else None, per_head if problem.sinks else None,
+        torch.tensor(5) if problem.dropout_p else None, block_map, block_bits,
+        table(problem.batch, 6, given=problem.ragged), table(problem.batch, given=shared),
+        table((problem.groups or 0) + 1, given=shared), table(problem.batch, 9, given=problem.page is not None),
+    )  # fmt: skip
+
+
+def compile_features(compiled: Any, arch: int, dim: int, dtype: torch.dtype, features: dict[str, Any]) -> Any:
+    features = dict(features)
+    state = features.pop("state", None)
+    return compiled(arch, problem(dim, dtype, **features), state)
+
+
+def local_accesses(cubin: bytes, folder: Path, depth: int) -> list[tuple[int, int]]:
     """Accesses to local memory and instructions of each of the loops around tensor-core instructions.
 
-    A loop around such a loop is that over passes, which follow only where NaN or inf were met: what it holds is left
-    out. Not so if ``nested``: the kernel has no passes.
+    Those that lie in more than ``depth`` others are left out: the loop over passes is one more, and they follow only
+    where NaN or inf were met.
     """
     file = folder / "kernel.cubin"
     file.write_bytes(cubin)
@@ -139,8 +182,7 @@ def local_accesses(cubin: bytes, folder: Path, nested: bool) -> list[tuple[int, 
         return one != other and one[0] <= other[0] and other[1] <= one[1]
 
     innermost = [loop for loop in loops if not any(around(loop, other) for other in loops)]
-    if not nested:
-        innermost = [loop for loop in innermost if not any(around(other, loop) for other in loops)]
+    innermost = [loop for loop in innermost if sum(around(other, loop) for other in loops) <= depth]
     assert innermost
     every = [at for at, _ in code]
     return [tuple(sum(begin <= at <= end for at in of) for of in (local, every)) for begin, end in innermost]
@@ -161,7 +203,8 @@ def test_default_dims(arch: int, dim: int, features: str, compiled: Any, tmp_pat
         if kernel.name == "delta_kernel":
             continue
         assert ARCHS[arch].products in kernel.ptx, kernel.name
-        for local, instructions in local_accesses(kernel.cubin, tmp_path, kernel.name == "grad_bias_kernel"):
+        depth = 3 if kernel.name == "grad_bias_kernel" else int("block" in FEATURES[features])
+        for local, instructions in local_accesses(kernel.cubin, tmp_path, depth):
             assert local <= instructions // INSTRUCTIONS_PER_LOCAL, f"{kernel.name}: {local} of {instructions}"
 
 

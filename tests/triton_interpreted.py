@@ -46,7 +46,8 @@ for _long in (test_one_gradient_at_a_time, test_masked_keys):
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """In place of conftest's, whose engines run in any environment."""
     monkeypatch.setitem(dispatch.BACKENDS, "triton", backend)
-    monkeypatch.setattr(flashx, "attention", tolerance.without_float64(request.param))
+    for name in ("attention", "sliding_window_attention", "block_sparse_attention"):
+        monkeypatch.setattr(flashx, name, tolerance.without_float64(request.param, getattr(flashx, name)))
     yield request.param
 
 

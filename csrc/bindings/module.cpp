@@ -4,6 +4,7 @@
 
 #include <array>
 #include <iterator>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,6 +24,8 @@ using namespace flashx;
 
 namespace {
 
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
 // (address, batch stride, head stride, row stride)
 using PyView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
@@ -30,12 +33,23 @@ View view(const PyView& v) {
   return {reinterpret_cast<void*>(std::get<0>(v)), std::get<1>(v), std::get<2>(v), std::get<3>(v)};
 }
 
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-IntervalMask mask(int64_t left, int64_t right, int64_t shift) {
+IntervalMask mask(int64_t left, int64_t right, int64_t shift, int64_t first) {
   constexpr int64_t limit = IntervalMask::kUnbounded;
   return {clamp<int64_t>(left, -limit, limit), clamp<int64_t>(right, -limit, limit),
-          clamp<int64_t>(shift, -limit, limit)};
+          clamp<int64_t>(shift, -limit, limit), clamp<int64_t>(first, 0, limit)};
+}
+
+// (max, sum, accumulator, suspend); empty where a call starts and ends by itself.
+using PyCarry = std::optional<std::tuple<uintptr_t, uintptr_t, uintptr_t, bool>>;
+
+Carry carry(const PyCarry& c) {
+  if (!c) return {};
+  return {pointer(std::get<0>(*c)), pointer(std::get<1>(*c)), pointer(std::get<2>(*c)), std::get<3>(*c)};
+}
+
+template <typename T>
+const T* table(uintptr_t address) {
+  return static_cast<const T*>(pointer(address));
 }
 
 const char* kind_name(TileKind kind) {
@@ -57,8 +71,32 @@ void bind_problem(py::module_& m) {
       .def_readwrite("value_dim", &Problem::value_dim)
       .def_readwrite("scale", &Problem::scale)
       .def_readwrite("softcap", &Problem::softcap)
-      .def("set_mask",
-           [](Problem& p, int64_t left, int64_t right, int64_t shift) { p.mask = mask(left, right, shift); })
+      .def_readwrite("q_rows", &Problem::q_rows)
+      .def_readwrite("k_rows", &Problem::k_rows)
+      .def_readwrite("packed", &Problem::packed)
+      .def_readwrite("unified_max", &Problem::unified_max)
+      .def("set_mask", [](Problem& p, int64_t left, int64_t right, int64_t shift,
+                          int64_t first) { p.mask = mask(left, right, shift, first); })
+      .def(
+          "set_blocks",
+          [](Problem& p, uintptr_t map, int64_t batch, int64_t head, int64_t q_blocks, int64_t k_blocks, uintptr_t bits,
+             int64_t bitmaps, int32_t q_block, int32_t k_block) {
+            if (q_block < 1 || k_block < BlockMap::kPiece || k_block % BlockMap::kPiece != 0) {
+              throw std::invalid_argument("blocks: sizes must be multiples of 16");
+            }
+            p.blocks = {
+                table<int32_t>(map), table<uint32_t>(bits), batch, head, q_blocks, k_blocks, bitmaps, q_block, k_block};
+          })
+      .def("set_sequences", [](Problem& p, uintptr_t sequences) { p.sequences = table<int32_t>(sequences); })
+      .def("set_members",
+           [](Problem& p, uintptr_t members, uintptr_t member_begin, int64_t groups) {
+             p.members = table<int32_t>(members), p.member_begin = table<int32_t>(member_begin), p.groups = groups;
+           })
+      .def("set_pages",
+           [](Problem& p, uintptr_t pages, int64_t width, int64_t size, int64_t count) {
+             if (width < 1 || size < 1 || count < 1) throw std::invalid_argument("pages: sizes must be at least 1");
+             p.pages = {table<int32_t>(pages), width, size, count};
+           })
       .def("set_bias",
            [](Problem& p, uintptr_t data, int dtype, const std::vector<int64_t>& stride,
               const std::vector<int64_t>& size) {
@@ -81,57 +119,63 @@ void bind_problem(py::module_& m) {
 
 void bind_cpu(py::module_& m) {
   m.def("cpu_isas", &cpu_isas);
-  m.def("cpu_forward", [](const Problem& problem, const std::string& isa, int threads, const PyView& query,
-                          const PyView& key, const PyView& value, const PyView& out, uintptr_t lse) {
-    const ForwardTensors tensors{view(query), view(key), view(value), view(out), pointer(lse)};
-    const Kernels kernels = cpu_kernels(isa);
-    py::gil_scoped_release release;
-    kernels.forward(problem, tensors, threads);
-  });
-  m.def("cpu_backward", [](const Problem& problem, const std::string& isa, int threads, const PyView& query,
-                           const PyView& key, const PyView& value, const PyView& out, uintptr_t lse,
-                           const PyView& grad_out, uintptr_t grad_lse, uintptr_t delta, const PyView& grad_query,
-                           const PyView& grad_key, const PyView& grad_value, uintptr_t grad_bias) {
-    const BackwardTensors tensors{view(query),      view(key),      view(value),       view(out),
-                                  view(grad_out),   pointer(lse),   pointer(grad_lse), pointer(delta),
-                                  view(grad_query), view(grad_key), view(grad_value),  pointer(grad_bias)};
-    const Kernels kernels = cpu_kernels(isa);
-    py::gil_scoped_release release;
-    kernels.backward(problem, tensors, threads);
-  });
+  m.def("cpu_forward",
+        [](const Problem& problem, const std::string& isa, int threads, const PyView& query, const PyView& key,
+           const PyView& value, const PyView& out, uintptr_t lse, const PyCarry& state) {
+          const ForwardTensors tensors{view(query), view(key), view(value), view(out), pointer(lse), carry(state)};
+          const Kernels kernels = cpu_kernels(isa);
+          py::gil_scoped_release release;
+          kernels.forward(problem, tensors, threads);
+        });
+  m.def("cpu_backward",
+        [](const Problem& problem, const std::string& isa, int threads, const PyView& query, const PyView& key,
+           const PyView& value, const PyView& out, uintptr_t lse, const PyView& grad_out, uintptr_t grad_lse,
+           uintptr_t delta, const PyView& grad_query, const PyView& grad_key, const PyView& grad_value,
+           uintptr_t grad_bias, bool adds_grad_query) {
+          const BackwardTensors tensors{view(query),      view(key),      view(value),       view(out),
+                                        view(grad_out),   pointer(lse),   pointer(grad_lse), pointer(delta),
+                                        view(grad_query), view(grad_key), view(grad_value),  pointer(grad_bias),
+                                        adds_grad_query};
+          const Kernels kernels = cpu_kernels(isa);
+          py::gil_scoped_release release;
+          kernels.backward(problem, tensors, threads);
+        });
 }
 
 // One machine that runs csrc/cuda: _C.cuda or _C.cuda_emulated.
 [[maybe_unused]] void bind_machine(py::module_& m, const Machine& machine) {
   m.def("forward_workspace", machine.forward_workspace);
   m.def("forward_kernel", machine.forward_kernel);
-  m.def("forward",
-        [machine](const Problem& problem, const PyView& query, const PyView& key, const PyView& value,
-                  const PyView& out, uintptr_t lse, int device, uintptr_t stream, uintptr_t workspace, bool tf32) {
-          const ForwardTensors tensors{view(query), view(key), view(value), view(out), pointer(lse)};
-          py::gil_scoped_release release;
-          machine.forward(problem, tensors, CudaCall{device, pointer(stream), pointer(workspace), tf32});
-        });
-  m.def("backward", [machine](const Problem& problem, const PyView& query, const PyView& key, const PyView& value,
-                              const PyView& out, uintptr_t lse, const PyView& grad_out, uintptr_t grad_lse,
-                              uintptr_t delta, const PyView& grad_query, const PyView& grad_key,
-                              const PyView& grad_value, uintptr_t grad_bias, int device, uintptr_t stream, bool tf32) {
-    const BackwardTensors tensors{view(query),      view(key),      view(value),       view(out),
-                                  view(grad_out),   pointer(lse),   pointer(grad_lse), pointer(delta),
-                                  view(grad_query), view(grad_key), view(grad_value),  pointer(grad_bias)};
+  m.def("forward", [machine](const Problem& problem, const PyView& query, const PyView& key, const PyView& value,
+                             const PyView& out, uintptr_t lse, const PyCarry& state, int device, uintptr_t stream,
+                             uintptr_t workspace, bool tf32) {
+    const ForwardTensors tensors{view(query), view(key), view(value), view(out), pointer(lse), carry(state)};
     py::gil_scoped_release release;
-    machine.backward(problem, tensors, CudaCall{device, pointer(stream), nullptr, tf32});
+    machine.forward(problem, tensors, CudaCall{device, pointer(stream), pointer(workspace), tf32});
   });
+  m.def("backward",
+        [machine](const Problem& problem, const PyView& query, const PyView& key, const PyView& value,
+                  const PyView& out, uintptr_t lse, const PyView& grad_out, uintptr_t grad_lse, uintptr_t delta,
+                  const PyView& grad_query, const PyView& grad_key, const PyView& grad_value, uintptr_t grad_bias,
+                  bool adds_grad_query, int device, uintptr_t stream, bool tf32) {
+          const BackwardTensors tensors{view(query),      view(key),      view(value),       view(out),
+                                        view(grad_out),   pointer(lse),   pointer(grad_lse), pointer(delta),
+                                        view(grad_query), view(grad_key), view(grad_value),  pointer(grad_bias),
+                                        adds_grad_query};
+          py::gil_scoped_release release;
+          machine.backward(problem, tensors, CudaCall{device, pointer(stream), nullptr, tf32});
+        });
 }
 
 // csrc/core as it is, for the tests: the kernels' own masks, schedules and random bits.
 void bind_core(py::module_& m) {
   py::module_ core = m.def_submodule("core", "csrc/core, for tests");
   py::class_<IntervalMask>(core, "IntervalMask")
-      .def(py::init([](std::optional<int64_t> left, std::optional<int64_t> right, int64_t shift) {
-             return mask(left.value_or(IntervalMask::kUnbounded), right.value_or(IntervalMask::kUnbounded), shift);
+      .def(py::init([](std::optional<int64_t> left, std::optional<int64_t> right, int64_t shift, int64_t first) {
+             return mask(left.value_or(IntervalMask::kUnbounded), right.value_or(IntervalMask::kUnbounded), shift,
+                         first);
            }),
-           py::arg("left"), py::arg("right"), py::arg("shift"))
+           py::arg("left"), py::arg("right"), py::arg("shift"), py::arg("first") = 0)
       .def("lo", [](const IntervalMask& m, int64_t q, int64_t k_len) { return m.lo(q, k_len); })
       .def("hi", [](const IntervalMask& m, int64_t q, int64_t k_len) { return m.hi(q, k_len); })
       .def("kind", [](const IntervalMask& m, int64_t q_first, int64_t q_last, int64_t k_begin, int64_t k_end,

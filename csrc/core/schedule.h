@@ -12,41 +12,55 @@ struct KeyTile {
   TileKind kind;       // seen by the whole row of tiles
 };
 
-// for (KeyTile tile : RowSchedule(...)): the visible key tiles of the query rows [q_first, q_last], left to
-// right. Tile borders are multiples of tile_len counted from key 0, whatever the rows: a row's result does
-// not depend on what it is tiled with.
+// The visible key tiles of rows with these limits, left to right, by index:
+//   for (int64_t i = schedule.first(); i < schedule.last(); i = schedule.next(i + 1)) schedule.tile(i)
+// Tile borders are multiples of tile_len counted from key 0, whatever the rows: a row's result does not depend on what
+// it is tiled with.
 class RowSchedule {
  public:
+  FLASHX_CORE RowSchedule(const Limits& limits, int64_t k_len, int64_t tile_len)
+      : limits_(limits),
+        k_len_(k_len),
+        tile_len_(tile_len),
+        leading_(ceil_div(smaller(limits.first, limits.hi_max), tile_len)),
+        window_(limits.lo_min / tile_len),
+        last_(larger(leading_, limits.lo_min < limits.hi_max ? ceil_div(limits.hi_max, tile_len) : 0)) {}
   FLASHX_CORE RowSchedule(const IntervalMask& mask, int64_t k_len, int64_t q_first, int64_t q_last, int64_t tile_len)
-      : mask_(mask), k_len_(k_len), q_first_(q_first), q_last_(q_last), tile_len_(tile_len) {
-    const int64_t lo = mask.lo(q_first, k_len);
-    const int64_t hi = mask.hi(q_last, k_len);
-    first_ = lo / tile_len;
-    last_ = lo < hi ? ceil_div(hi, tile_len) : first_;
+      : RowSchedule(mask.limits(q_first, q_last, k_len), k_len, tile_len) {}
+
+  // The first visible tile's index, and one past the last's.
+  FLASHX_CORE int64_t first() const { return next(0); }
+  FLASHX_CORE int64_t last() const { return last_; }
+  // Index of the first visible tile from `index` on; last() if there is none.
+  FLASHX_CORE int64_t next(int64_t index) const {
+    return smaller(index < leading_ ? index : larger(index, window_), last_);
+  }
+
+  // Visible tiles before the visible tile `index`.
+  FLASHX_CORE int64_t rank(int64_t index) const {
+    return index < leading_ ? index : leading_ + index - larger(leading_, window_);
+  }
+
+  FLASHX_CORE KeyTile tile(int64_t index) const {
+    const int64_t begin = index * tile_len_;
+    const int64_t end = begin + tile_len_;
+    return {begin, smaller(end, k_len_), limits_.kind(begin, end)};
   }
 
   struct Iterator {
     const RowSchedule* schedule;
     int64_t index;
     FLASHX_CORE KeyTile operator*() const { return schedule->tile(index); }
-    FLASHX_CORE void operator++() { ++index; }
+    FLASHX_CORE void operator++() { index = schedule->next(index + 1); }
     FLASHX_CORE bool operator!=(const Iterator& other) const { return index != other.index; }
   };
-  // Index of the first tile, and one past the last.
-  FLASHX_CORE int64_t first() const { return first_; }
-  FLASHX_CORE int64_t last() const { return last_; }
-  FLASHX_CORE Iterator begin() const { return {this, first_}; }
+  FLASHX_CORE Iterator begin() const { return {this, first()}; }
   FLASHX_CORE Iterator end() const { return {this, last_}; }
 
  private:
-  FLASHX_CORE KeyTile tile(int64_t index) const {
-    const int64_t begin = index * tile_len_;
-    const int64_t end = begin + tile_len_;
-    return {begin, smaller(end, k_len_), mask_.kind(q_first_, q_last_, begin, end, k_len_)};
-  }
-
-  const IntervalMask& mask_;
-  int64_t k_len_, q_first_, q_last_, tile_len_, first_, last_;
+  Limits limits_;
+  int64_t k_len_, tile_len_;
+  int64_t leading_, window_, last_;  // tiles of the first keys; first one of the window; one past all
 };
 
 // The transposed schedule: the query rows [begin, end) that see any of the keys [k_begin, k_end); rows in
@@ -55,7 +69,7 @@ struct ColumnSchedule {
   int64_t begin, end;
 
   FLASHX_CORE ColumnSchedule(const IntervalMask& mask, int64_t q_len, int64_t k_begin, int64_t k_end)
-      : begin(mask.first_row(k_begin, q_len)), end(mask.end_row(k_end, q_len)) {}
+      : begin(mask.first_row(k_begin, q_len)), end(mask.end_row(k_begin, k_end, q_len)) {}
 };
 
 }  // namespace flashx

@@ -58,16 +58,15 @@ class Gradient {
     }
   }
 
-  void load_key_tile(int64_t batch, int64_t kv_head, KeyTile tile) {
-    load_tile<E>(tensors.key, batch, kv_head, tile, problem.head_dim, key, dim);
-    load_tile<E>(tensors.value, batch, kv_head, tile, problem.value_dim, value, value_dim);
+  void load_key_tile(const RowPacking& packing, const Tile& tile) {
+    load_tile<E>(tensors.key, packing, tile, problem.head_dim, key, dim);
+    load_tile<E>(tensors.value, packing, tile, problem.value_dim, value, value_dim);
     // Scores want the keys as they are, dQ wants them without NaN and inf.
     clean_key = key;
     poison.clear();
-    const int keys = static_cast<int>(tile.end - tile.begin);
-    if (has_nonfinite(key, keys * dim)) {
+    if (has_nonfinite(key, tile.count * dim)) {
       std::memcpy(clean_key_room, key, kTileKeys * dim * sizeof(W));
-      poison.take(clean_key_room, dim, keys, problem.head_dim);
+      poison.take(clean_key_room, dim, tile.count, problem.head_dim);
       clean_key = clean_key_room;
     }
   }
@@ -75,33 +74,32 @@ class Gradient {
   void load_row_block(const RowPacking& packing, int64_t first, int count, Rows& to) {
     to.block.place(problem, packing, first, count);
     const int lanes = to.block.vectors * kLanes<T>;
-    load_rows<E>(tensors.query, packing, to.block, problem.head_dim, to.query, dim);
-    load_rows<E>(tensors.grad_out, packing, to.block, problem.value_dim, to.grad_out, value_dim);
+    load_rows<E>(tensors.query, to.block, problem.head_dim, to.query, dim);
+    load_rows<E>(tensors.grad_out, to.block, problem.value_dim, to.grad_out, value_dim);
     Op::right_from_columns(to.query, dim, lanes, dim, to.query_t, ld);
     Op::right_from_columns(to.grad_out, value_dim, lanes, value_dim, to.grad_out_t, ld);
     if (logits.negates_query()) negate(to.query_t, dim * ld);
     for (int lane = 0; lane < ld; ++lane) {
       const bool real = lane < count;
-      const int64_t row = first + (real ? lane : 0);
-      const int64_t at = (packing.batch * problem.q_heads + packing.head(row)) * problem.q_len + packing.query(row);
+      const Row& row = to.block.rows[real ? lane : 0];
+      const int64_t at = problem.row(row.b, row.head, row.tensor_row);
       to.lse[lane] = real ? backward_lse(static_cast<const T*>(tensors.lse)[at]) : kInf<T>;
       to.delta[lane] = real ? static_cast<const T*>(tensors.delta)[at] : T(0);
     }
   }
 
   // weights[key][lane] = P (after dropout), grad_logits[key][lane] = d loss / d logits (before softcap's slope).
-  void operator()(const RowPacking& packing, const Rows& rows, KeyTile tile, const KeyRange& range) {
+  void operator()(const Rows& rows, const Tile& tile, const KeyRange& range) {
     constexpr int n = kLanes<T>;
     const RowBlock<W>& block = rows.block;
-    const int64_t k_begin = tile.begin + range.offset;
     // S^T = K Q^T, dP^T = V dO^T
     multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.head_dim, dim), key + range.offset * dim,
                                dim, rows.query_t, Op::right_ld(ld), weights, ld, false);
     multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.value_dim, value_dim),
                                value + range.offset * value_dim, value_dim, rows.grad_out_t, Op::right_ld(ld),
                                grad_logits, ld, false);
-    logits(packing, block, k_begin, range, weights, slope);
-    if (dropout) dropout_factors(problem, packing, block, k_begin, range, dropout);
+    logits(block, tile, range, weights, slope);
+    if (dropout) dropout_factors(problem, block, tile, range, dropout);
     const T unit = logits.unit(), log2e = static_cast<T>(kLog2e);
     for (int v = 0; v < block.vectors; ++v) {
       const Vec<T> lse = load(rows.lse + v * n), delta = load(rows.delta + v * n);
@@ -164,9 +162,12 @@ class Gradient {
   }
 };
 
-// True if gradients can be summed in the tensors themselves.
+// True if gradients can be summed in the tensors themselves, by key tiles that take turns. Which key tiles a row block
+// sees must then follow from its limits; where more than one call adds to dQ, and for block masks, it has a sweep.
 template <typename E>
-constexpr bool kSumsInPlace = std::is_same_v<E, ComputeOf<E>>;
+bool sums_in_place(const Problem& problem, const BackwardTensors& tensors) {
+  return std::is_same_v<E, ComputeOf<E>> && !problem.blocks.map && !problem.members && !tensors.adds_grad_query;
+}
 
 // Owns dK and dV of one key tile; sweeps the row blocks that see it, and adds to their dQ where that can be in place.
 template <typename E>
@@ -177,70 +178,94 @@ class GradKeyValue {
   static constexpr int ld = kBlockLanes<W>;
 
  public:
-  GradKeyValue(const Problem& problem, const BackwardTensors& tensors) : step_(problem, tensors, 1) {
+  GradKeyValue(const Problem& problem, const BackwardTensors& tensors)
+      : step_(problem, tensors, 1), in_place_(sums_in_place<E>(problem, tensors)) {
     grad_key_ = step_.arena.template take<T>(kTileKeys * step_.dim);
     grad_value_ = step_.arena.template take<T>(kTileKeys * step_.value_dim);
-    if (kSumsInPlace<E>) grad_query_ = step_.arena.template take<T>(round_up(ld, kBlockRows) * step_.dim);
+    if (in_place_) grad_query_ = step_.arena.template take<T>(round_up(ld, kBlockRows) * step_.dim);
   }
 
   static int64_t row_blocks(const Problem& problem) { return ceil_div(problem.q_len * problem.group(), ld); }
 
-  // turns: one per row block of every (batch, key head).
-  void operator()(const RowPacking& packing, KeyTile tile, Turns& turns) {
+  // Keys [k_begin, k_end) of the packing's. turns: one per row block of every (sequence, key head).
+  void operator()(const RowPacking& packing, int64_t k_begin, int64_t k_end, Turns& turns) {
     const Problem& problem = step_.problem;
+    Tile tile = Tile::of(k_begin, k_end);
     std::memset(grad_key_, 0, kTileKeys * step_.dim * sizeof(T));
     std::memset(grad_value_, 0, kTileKeys * step_.value_dim * sizeof(T));
-    step_.load_key_tile(packing.batch, packing.kv_head, tile);
-    const ColumnSchedule schedule(problem.mask, problem.q_len, tile.begin, tile.end);
+    step_.load_key_tile(packing, tile);
     // Row blocks start at multiples of ld from row 0: which rows share a block does not depend on the tile.
-    const int64_t end = schedule.end * packing.heads;
-    for (int64_t first = schedule.begin * packing.heads / ld * ld; first < end; first += ld) {
-      const int count = static_cast<int>(smaller<int64_t>(ld, problem.q_len * packing.heads - first));
+    const ColumnSchedule queries = schedule(packing, k_begin, k_end);
+    const int64_t step = packing.heads * packing.group.count, end = queries.end * step;
+    for (int64_t first = queries.begin * step / ld * ld; first < end; first += ld) {
+      const int count = static_cast<int>(smaller<int64_t>(ld, packing.count() - first));
+      if (problem.blocks.map && !sees(BlockSight(packing, first, first + count - 1), k_begin, k_end)) continue;
       accumulate(packing, tile, first, count, turns);
     }
     const T scale = static_cast<T>(problem.scale);
     for (int i = 0; i < kTileKeys * step_.dim; ++i) grad_key_[i] *= scale;
-    for (int64_t k = tile.begin; k < tile.end; ++k) {
-      const int64_t row = k - tile.begin;
-      store_row(grad_key_ + row * step_.dim, problem.head_dim,
-                step_.tensors.grad_key.template at<E>(packing.batch, packing.kv_head, k));
-      store_row(grad_value_ + row * step_.value_dim, problem.value_dim,
-                step_.tensors.grad_value.template at<E>(packing.batch, packing.kv_head, k));
+    const KeyRows rows(packing);
+    for (int i = 0; i < tile.count; ++i) {
+      store_row(grad_key_ + i * step_.dim, problem.head_dim, rows.at<E>(step_.tensors.grad_key, k_begin + i));
+      store_row(grad_value_ + i * step_.value_dim, problem.value_dim,
+                rows.at<E>(step_.tensors.grad_value, k_begin + i));
     }
   }
 
  private:
-  void accumulate(const RowPacking& packing, KeyTile tile, int64_t first, int count, Turns& turns) {
-    const Problem& problem = step_.problem;
+  // The queries that see any of these keys, of any member.
+  static ColumnSchedule schedule(const RowPacking& packing, int64_t k_begin, int64_t k_end) {
+    const Problem& problem = *packing.problem;
+    ColumnSchedule all(problem.mask_of(packing.keys), packing.keys.q_len, k_begin, k_end);
+    for (int64_t m = 1; m < packing.group.count; ++m) {
+      const Sequence member = problem.sequence(problem.member(packing.group.begin + m, kLoad), kLoad);
+      const ColumnSchedule its(problem.mask_of(member), packing.keys.q_len, k_begin, k_end);
+      all.begin = smaller(all.begin, its.begin), all.end = larger(all.end, its.end);
+    }
+    return all;
+  }
+
+  static bool sees(const BlockSight& sight, int64_t k_begin, int64_t k_end) {
+    const int64_t step = sight.blocks->k_block;
+    for (int64_t column = k_begin / step; column * step < k_end; ++column) {
+      if (sight.kind(column) != TileKind::Skip) return true;
+    }
+    return false;
+  }
+
+  void accumulate(const RowPacking& packing, Tile& tile, int64_t first, int count, Turns& turns) {
     auto& rows = step_.rows[0];
     step_.load_row_block(packing, first, count, rows);
-    const KeyRange range = KeyRange::of(problem, rows.block, tile);
+    const KeyRange range = KeyRange::of(rows.block, tile, packing);
     if (range.padded == 0) return;
-    step_(packing, rows, tile, range);
-    const bool hides = !range.full || !step_.logits.only_intervals();
+    step_(rows, tile, range);
+    const bool hides = !range.full || !step_.logits.only_masks();
     // dV += P^T dO, dK += dS^T Q
     product(hides, range, rows.block, step_.weights, rows.grad_out, step_.value_dim, grad_value_);
     step_.apply_softcap_slope(range);
     product(hides, range, rows.block, step_.grad_logits, rows.query, step_.dim, grad_key_);
-    if constexpr (kSumsInPlace<E>) add_grad_query(packing, tile, rows.block, range, turns);
+    if constexpr (std::is_same_v<E, T>) {
+      if (in_place_) add_grad_query(packing, tile, rows.block, range, turns);
+    }
   }
 
   // dQ += dS K
-  void add_grad_query(const RowPacking& packing, KeyTile tile, const RowBlock<W>& block, const KeyRange& range,
+  void add_grad_query(const RowPacking& packing, const Tile& tile, const RowBlock<W>& block, const KeyRange& range,
                       Turns& turns) {
     const Problem& problem = step_.problem;
     const int lanes = static_cast<int>(round_up(block.count, kBlockRows));
     multiply<Layout::ColumnMajor>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits, ld,
                                   step_.clean_key + range.offset * step_.dim, step_.dim, grad_query_, step_.dim, false);
     step_.poison.add_to_lanes(step_.grad_logits, range.offset, range.count, lanes, grad_query_, step_.dim);
-    const RowSchedule schedule(problem.mask, problem.k_len, block.q_first, block.q_last, kTileKeys);
-    const int64_t index = tile.begin / kTileKeys, turn = index - schedule.first();
-    const int64_t sum = (packing.batch * problem.kv_heads + packing.kv_head) * row_blocks(problem) + block.first / ld;
+    const RowSchedule schedule(block.limits, packing.keys.k_len, kTileKeys);
+    const int64_t index = tile.first_key[0] / kTileKeys, turn = schedule.rank(index);
+    const int64_t sum =
+        (packing.key_batch * problem.kv_heads + packing.kv_head) * row_blocks(problem) + block.first / ld;
     const T scale = static_cast<T>(problem.scale);
     turns.wait(sum, turn);
     for (int lane = 0; lane < block.count; ++lane) {
-      const int64_t row = block.first + lane;
-      T* to = step_.tensors.grad_query.template at<T>(packing.batch, packing.head(row), packing.query(row));
+      const Row& row = block.rows[lane];
+      T* to = step_.tensors.grad_query.template at<T>(row.b, row.head, row.tensor_row);
       T* from = grad_query_ + lane * step_.dim;
       for (int d = 0; d < problem.head_dim; ++d) {
         const T sum_so_far = turn == 0 ? from[d] : to[d] + from[d];
@@ -263,6 +288,7 @@ class GradKeyValue {
   }
 
   Gradient<E> step_;
+  bool in_place_;
   T* grad_key_;              // [key][dim]
   T* grad_value_;            // [key][value dim]
   T* grad_query_ = nullptr;  // [lane][dim]: this key tile's part
@@ -289,34 +315,35 @@ class GradQuery {
   void operator()(const RowPacking& packing, int64_t first, int64_t count) {
     const Problem& problem = step_.problem;
     const int blocks = static_cast<int>(ceil_div(count, ld));
+    Limits limits = Limits::none();
     for (int i = 0; i < blocks; ++i) {
       const int rows = static_cast<int>(smaller<int64_t>(ld, count - i * ld));
       step_.load_row_block(packing, first + i * ld, rows, step_.rows[i]);
       std::memset(grad_query_[i], 0, step_.dim * ld * sizeof(T));
+      limits.widen(step_.rows[i].block.limits);
     }
-    const RowSchedule schedule(problem.mask, problem.k_len, packing.query(first), packing.query(first + count - 1),
-                               kTileKeys);
-    for (const KeyTile tile : schedule) {
-      step_.load_key_tile(packing.batch, packing.kv_head, tile);
-      key_ = Op::left_from_columns(step_.clean_key, step_.dim, static_cast<int>(tile.end - tile.begin), step_.dim,
-                                   step_.operand_room, Op::left_ld(step_.dim, kTileKeys));
-      for (int i = 0; i < blocks; ++i) accumulate(packing, tile, i);
+    KeyWalk walk(packing, first, first + count - 1, limits, 0, packing.keys.k_len);
+    for (Tile tile; walk.next(tile);) {
+      step_.load_key_tile(packing, tile);
+      key_ = Op::left_from_columns(step_.clean_key, step_.dim, tile.count, step_.dim, step_.operand_room,
+                                   Op::left_ld(step_.dim, kTileKeys));
+      for (int i = 0; i < blocks; ++i) accumulate(tile, i);
     }
     T factor[ld];
     for (T& f : factor) f = static_cast<T>(problem.scale);
     for (int i = 0; i < blocks; ++i) {
-      store_rows<E>(grad_query_[i], factor, packing, step_.rows[i].block, problem.head_dim, step_.dim, scratch_,
-                    step_.tensors.grad_query);
+      store_rows<E>(grad_query_[i], factor, step_.rows[i].block, problem.head_dim, step_.dim, scratch_,
+                    step_.tensors.grad_query, step_.tensors.adds_grad_query);
     }
   }
 
  private:
-  void accumulate(const RowPacking& packing, KeyTile tile, int i) {
+  void accumulate(const Tile& tile, int i) {
     const auto& rows = step_.rows[i];
     const RowBlock<W>& block = rows.block;
-    const KeyRange range = KeyRange::of(step_.problem, block, tile);
+    const KeyRange range = KeyRange::of(block, tile);
     if (range.padded == 0) return;
-    step_(packing, rows, tile, range);
+    step_(rows, tile, range);
     step_.apply_softcap_slope(range);
     // dQ^T += K^T dS^T
     const W* weights = Op::right_from_tile(step_.grad_logits, ld, range.padded, block.vectors, step_.tile_room);
@@ -363,7 +390,7 @@ class GradBias {
     std::memset(sum_, 0, kTileKeys * ld * sizeof(T));
     for (int64_t b = batches.begin; b < batches.end; ++b) {
       for (int64_t h = heads.begin; h < heads.end; ++h) {
-        const RowPacking packing{b, h, 1, h / problem.group()};
+        const RowPacking packing(problem, b, h / problem.group(), h, 1);
         for (int64_t row = rows.begin; row < rows.end; row += ld) {
           const int count = static_cast<int>(smaller<int64_t>(ld, rows.end - row));
           step_.load_row_block(packing, row, count, step_.rows[0]);
@@ -386,13 +413,12 @@ class GradBias {
   }
 
   void accumulate(const RowPacking& packing, int64_t k_begin) {
-    const Problem& problem = step_.problem;
     const auto& rows = step_.rows[0];
-    const KeyTile tile{k_begin, smaller(k_begin + kTileKeys, problem.k_len), TileKind::Partial};
-    const KeyRange range = KeyRange::of(problem, rows.block, tile);
+    Tile tile = Tile::of(k_begin, smaller(k_begin + kTileKeys, step_.problem.k_len));
+    const KeyRange range = KeyRange::of(rows.block, tile, packing);
     if (range.padded == 0) return;
-    step_.load_key_tile(packing.batch, packing.kv_head, tile);
-    step_(packing, rows, tile, range);
+    step_.load_key_tile(packing, tile);
+    step_(rows, tile, range);
     for (int j = 0; j < range.count; ++j) {
       for (int v = 0; v < rows.block.vectors; ++v) {
         T* to = sum_ + (range.offset + j) * ld + v * kLanes<T>;
@@ -464,21 +490,22 @@ void compute_delta(const Problem& problem, const BackwardTensors& tensors, int t
     T *out, *grad;
   };
   constexpr int64_t kRowsPerTask = 64;
-  const int64_t row_tasks = ceil_div(problem.q_len, kRowsPerTask);
-  const int64_t heads = problem.batch * problem.q_heads;
+  const int64_t row_tasks = ceil_div(problem.q_rows, kRowsPerTask);
+  const int64_t heads = (problem.packed ? 1 : problem.batch) * problem.q_heads;
   parallel<Row>(threads, heads * row_tasks, problem, tensors, [&](Row& row, int64_t task) {
     const int64_t b = task / row_tasks / problem.q_heads, h = task / row_tasks % problem.q_heads;
     const int64_t first = task % row_tasks * kRowsPerTask;
-    for (int64_t i = first; i < smaller(first + kRowsPerTask, problem.q_len); ++i) {
+    for (int64_t i = first; i < smaller(first + kRowsPerTask, problem.q_rows); ++i) {
       load_padded_row(tensors.out.at<E>(b, h, i), problem.value_dim, row.out, row.length);
       load_padded_row(tensors.grad_out.at<E>(b, h, i), problem.value_dim, row.grad, row.length);
       Vec<T> sum = {};
       for (int64_t d = 0; d < row.length; d += kLanes<T>) sum += load(row.out + d) * load(row.grad + d);
       T total = 0;
       for (int lane = 0; lane < kLanes<T>; ++lane) total += sum[lane];
-      const int64_t at = (b * problem.q_heads + h) * problem.q_len + i;
+      const int64_t at = problem.row(b, h, i);
       if (tensors.grad_lse) total -= static_cast<const T*>(tensors.grad_lse)[at];
       static_cast<T*>(tensors.delta)[at] = total;
+      if (problem.sequences) continue;
       if (problem.mask.lo(i, problem.k_len) >= problem.mask.hi(i, problem.k_len)) {
         std::memset(tensors.grad_query.at<E>(b, h, i), 0, problem.head_dim * sizeof(E));
       }
@@ -489,28 +516,27 @@ void compute_delta(const Problem& problem, const BackwardTensors& tensors, int t
 template <typename E>
 void backward(const Problem& problem, const BackwardTensors& tensors, int threads) {
   compute_delta<E>(problem, tensors, threads);
-  const int64_t heads = problem.batch * problem.kv_heads, group = problem.group();
-  const auto packing = [&](int64_t head) {
-    const int64_t kv_head = head % problem.kv_heads;
-    return RowPacking{head / problem.kv_heads, kv_head * group, group, kv_head};
-  };
+  const int64_t packings = problem.key_groups() * problem.kv_heads;
+  const bool in_place = sums_in_place<E>(problem, tensors);
 
   // First key tiles first: under a causal mask they are the longest, and dQ's turns go in this order.
-  Turns turns(kSumsInPlace<E> ? heads * GradKeyValue<E>::row_blocks(problem) : 0);
-  parallel<GradKeyValue<E>>(threads, ceil_div(problem.k_len, kTileKeys) * heads, problem, tensors,
+  Turns turns(in_place ? packings * GradKeyValue<E>::row_blocks(problem) : 0);
+  parallel<GradKeyValue<E>>(threads, ceil_div(problem.k_len, kTileKeys) * packings, problem, tensors,
                             [&](GradKeyValue<E>& kernel, int64_t task) {
-                              const int64_t begin = task / heads * kTileKeys;
-                              const int64_t end = smaller<int64_t>(begin + kTileKeys, problem.k_len);
-                              kernel(packing(task % heads), {begin, end, TileKind::Partial}, turns);
+                              const RowPacking packing = RowPacking::of(problem, task % packings);
+                              const int64_t begin = task / packings * kTileKeys, k_len = packing.keys.k_len;
+                              if (begin < k_len) kernel(packing, begin, smaller(begin + kTileKeys, k_len), turns);
                             });
 
-  if constexpr (!kSumsInPlace<E>) {
+  if (!in_place) {
+    using Kernel = GradQuery<E>;
     // Last row tiles first, for the same reason.
-    const int64_t rows = problem.q_len * group;
-    const int64_t row_tiles = ceil_div(rows, GradQuery<E>::kRows);
-    parallel<GradQuery<E>>(threads, row_tiles * heads, problem, tensors, [&](GradQuery<E>& kernel, int64_t task) {
-      const int64_t first = (row_tiles - 1 - task / heads) * GradQuery<E>::kRows;
-      kernel(packing(task % heads), first, smaller<int64_t>(GradQuery<E>::kRows, rows - first));
+    const int64_t rows = tile_rows(problem, Kernel::kRows, kBlockLanes<typename ProductOf<E>::Type>);
+    const int64_t row_tiles = ceil_div(RowPacking::most(problem), rows);
+    parallel<Kernel>(threads, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
+      const int64_t first = (row_tiles - 1 - task / packings) * rows;
+      const RowPacking packing = RowPacking::of(problem, task % packings);
+      if (first < packing.count()) kernel(packing, first, smaller(rows, packing.count() - first));
     });
   }
 

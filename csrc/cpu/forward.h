@@ -2,6 +2,9 @@
 // Data movement: a row tile's Q and O stay in the L2 cache; each visible key tile is read once per row tile,
 // so K and V are read ceil(rows / kRowBlocks / kBlockLanes) times, Q and O once. Nothing of size Lq x Lk
 // exists.
+// A sequence with few rows and many keys (decoding) is cut at multiples of kSplitKeys; the parts' states are then
+// merged in order. Where cuts are depends on the positions of keys alone, so a sequence's bits do not depend on its
+// batch.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -10,6 +13,18 @@
 #include "cpu/tile.h"
 
 namespace flashx::FLASHX_ISA {
+
+// States of rows outside of the kernel: max, sum and accumulator as in Carry, one part after the other.
+template <typename T>
+struct Parts {
+  T *max = nullptr, *sum = nullptr, *acc = nullptr;
+  int64_t count = 0, rows = 0;  // of the parts; of a part
+  int64_t first = -1;           // of a part, the packing's row 0; -1: rows are in Problem::row's order
+
+  int64_t at(const Problem& problem, int64_t part, const Row& row, int64_t packed) const {
+    return part * rows + (first < 0 ? problem.row(row.b, row.head, row.tensor_row) : first + packed);
+  }
+};
 
 template <typename E>
 class Forward {
@@ -21,10 +36,13 @@ class Forward {
 
  public:
   static constexpr int kRows = kRowBlocks * ld;
+  static constexpr int64_t kSplitKeys = 2048;
 
   Forward(const Problem& problem, const ForwardTensors& tensors)
       : problem_(problem),
         tensors_(tensors),
+        carry_{static_cast<T*>(tensors.carry.max), static_cast<T*>(tensors.carry.sum),
+               static_cast<T*>(tensors.carry.acc), tensors.carry.max ? 1 : 0, 0},
         dim_(static_cast<int>(round_up(problem.head_dim, Op::kPad))),
         value_dim_(static_cast<int>(round_up(problem.value_dim, Op::kPad))),
         arena_(bytes()),
@@ -47,38 +65,25 @@ class Forward {
   // Rows [first, first + count) of the packed rows, count <= kRows.
   void operator()(const RowPacking& packing, int64_t first, int64_t count) {
     const int blocks = begin(packing, first, count);
-    const RowSchedule schedule(problem_.mask, problem_.k_len, packing.query(first), packing.query(first + count - 1),
-                               kTileKeys);
-    const int depth = Op::depth(problem_.head_dim, dim_);
-    for (const KeyTile tile : schedule) {
-      load_tile<E>(tensors_.key, packing.batch, packing.kv_head, tile, problem_.head_dim, key_, dim_);
-      load_tile<E>(tensors_.value, packing.batch, packing.kv_head, tile, problem_.value_dim, value_, value_dim_);
-      const int keys = static_cast<int>(tile.end - tile.begin);
-      const bool hides = tile.kind != TileKind::Full || !logits_.only_intervals();
-      poison_.clear();
-      if (hides) poison_.take(value_, value_dim_, keys, problem_.value_dim);
-      const int64_t value_ld = Op::left_ld(value_dim_, kTileKeys);
-      const W* value = Op::left_from_columns(value_, value_dim_, keys, value_dim_, value_room_, value_ld);
-      for (int i = 0; i < blocks; ++i) {
-        State& state = states_[i];
-        const RowBlock<W>& block = state.block;
-        const KeyRange range = KeyRange::of(problem_, block, tile);
-        if (range.padded == 0) continue;
-        // S^T = K Q^T
-        multiply<Layout::RowMajor>(range.padded, block.vectors, depth, key_ + range.offset * dim_, dim_, state.query,
-                                   Op::right_ld(ld), scores_, ld, false);
-        logits_(packing, block, tile.begin + range.offset, range, scores_, nullptr);
-        update(state, range.padded);
-        if (dropout_) drop(packing, block, tile.begin + range.offset, range);
-        // O^T += V^T P^T
-        const W* weights = Op::right_from_tile(scores_, ld, range.padded, block.vectors, weights_room_);
-        multiply<Op::kTransposed>(value_dim_, block.vectors, Op::depth(range.count, range.padded),
-                                  value + Op::left_offset(range.offset, value_ld), value_ld, weights, Op::right_ld(ld),
-                                  state.acc, ld, true);
-        poison_.add_to_columns(scores_, range.offset, range.count, state.acc);
-      }
-    }
-    for (int i = 0; i < blocks; ++i) finish(packing, states_[i]);
+    add(carry_, blocks);
+    sweep(packing, first, count, 0, packing.keys.k_len, blocks);
+    for (int i = 0; i < blocks; ++i) finish(states_[i]);
+  }
+
+  // The same over the keys [k_begin, k_end), into a part of `parts`.
+  void part(const RowPacking& packing, int64_t first, int64_t count, int64_t k_begin, int64_t k_end,
+            const Parts<T>& parts, int64_t index) {
+    const int blocks = begin(packing, first, count);
+    sweep(packing, first, count, k_begin, k_end, blocks);
+    for (int i = 0; i < blocks; ++i) suspend(states_[i], parts, index);
+  }
+
+  // The same as the operator, from parts that hold all keys.
+  void merge(const RowPacking& packing, int64_t first, int64_t count, const Parts<T>& parts) {
+    const int blocks = begin(packing, first, count);
+    add(carry_, blocks);
+    add(parts, blocks);
+    for (int i = 0; i < blocks; ++i) finish(states_[i]);
   }
 
  private:
@@ -93,7 +98,76 @@ class Forward {
 
   // Row blocks that a task can have.
   int row_blocks() const {
-    return static_cast<int>(smaller<int64_t>(kRowBlocks, ceil_div(problem_.q_len * problem_.group(), ld)));
+    return static_cast<int>(smaller<int64_t>(kRowBlocks, ceil_div(RowPacking::most(problem_), ld)));
+  }
+
+  // The tile loop over the keys [k_begin, k_end).
+  void sweep(const RowPacking& packing, int64_t first, int64_t count, int64_t k_begin, int64_t k_end, int blocks) {
+    Limits limits = Limits::none();
+    for (int i = 0; i < blocks; ++i) limits.widen(states_[i].block.limits);
+    unified_ = !std::isnan(problem_.unified_max);
+    if (unified_) {
+      for (int i = 0; i < blocks; ++i)
+        std::fill_n(states_[i].max, ld, static_cast<T>(problem_.unified_max) / logits_.unit());
+    }
+    sweep(packing, KeyWalk(packing, first, first + count - 1, limits, k_begin, k_end), blocks);
+    if (!unified_) return;
+    bool fits = true;
+    for (int i = 0; i < blocks; ++i) fits &= sums_fit(states_[i]);
+    if (fits) return;
+    unified_ = false;
+    for (int i = 0; i < blocks; ++i) clear(states_[i]);
+    sweep(packing, KeyWalk(packing, first, first + count - 1, limits, k_begin, k_end), blocks);
+  }
+
+  void sweep(const RowPacking& packing, KeyWalk walk, int blocks) {
+    const int depth = Op::depth(problem_.head_dim, dim_);
+    for (Tile tile; walk.next(tile);) {
+      keys_.template find<E>(tensors_.key, packing, tile, problem_.head_dim, key_, dim_);
+      values_.template find<E>(tensors_.value, packing, tile, problem_.value_dim, value_, value_dim_);
+      poison_.clear();
+      if (hides(tile, blocks) && any_nonfinite(values_)) {
+        if (!values_.copied) {
+          values_.template copy<E>(tensors_.value, packing, tile, problem_.value_dim, value_, value_dim_);
+        }
+        poison_.take(value_, value_dim_, tile.count, problem_.value_dim);
+      }
+      if constexpr (!Op::kDirect) {
+        for (int r = 0; r < values_.size; ++r) {
+          Op::left_from_columns(values_.runs[r].rows, value_dim_, values_.runs[r].count, value_dim_,
+                                value_room_ + values_.runs[r].begin, Op::left_ld(value_dim_, kTileKeys));
+        }
+      }
+      for (int i = 0; i < blocks; ++i) {
+        State& state = states_[i];
+        const RowBlock<W>& block = state.block;
+        const KeyRange range = KeyRange::of(block, tile);
+        if (range.padded == 0) continue;
+        // S^T = K Q^T
+        keys_.within(range.offset, range.padded, dim_, [&](int index, int count, const W* rows) {
+          multiply<Layout::RowMajor>(count, block.vectors, depth, rows, dim_, state.query, Op::right_ld(ld),
+                                     scores_ + (index - range.offset) * ld, ld, false);
+        });
+        logits_(block, tile, range, scores_, nullptr);
+        update(state, range.padded);
+        if (dropout_) drop(block, tile, range);
+        // O^T += V^T P^T
+        const W* weights = Op::right_from_tile(scores_, ld, range.padded, block.vectors, weights_room_);
+        if constexpr (Op::kDirect) {
+          values_.within(range.offset, range.count, value_dim_, [&](int index, int count, const W* rows) {
+            multiply<Op::kTransposed>(value_dim_, block.vectors, count, rows, value_dim_,
+                                      weights + (index - range.offset) * Op::right_ld(ld), Op::right_ld(ld), state.acc,
+                                      ld, true);
+          });
+        } else {
+          const int64_t value_ld = Op::left_ld(value_dim_, kTileKeys);
+          multiply<Op::kTransposed>(value_dim_, block.vectors, Op::depth(range.count, range.padded),
+                                    value_room_ + Op::left_offset(range.offset, value_ld), value_ld, weights,
+                                    Op::right_ld(ld), state.acc, ld, true);
+        }
+        poison_.add_to_columns(scores_, range.offset, range.count, state.acc);
+      }
+    }
   }
 
   size_t bytes() const {
@@ -102,6 +176,21 @@ class Forward {
                              ld * dim_ + row_blocks() * ld * dim_;
     const int64_t sums = 2 * keys * ld + ld * value_dim_ + row_blocks() * ld * value_dim_;
     return operands * sizeof(W) + sums * sizeof(T) + Logits<W>::bytes(problem_) + 20 * Arena::kAlign;
+  }
+
+  // True if some of the rows must not see some of the tile's keys.
+  bool hides(const Tile& tile, int blocks) const {
+    if (!logits_.only_masks()) return true;
+    bool any = false;
+    for (int i = 0; i < blocks; ++i) any |= !KeyRange::of(states_[i].block, tile).full;
+    return any;
+  }
+
+  bool any_nonfinite(const Runs<W>& runs) const {
+    for (int r = 0; r < runs.size; ++r) {
+      if (has_nonfinite(runs.runs[r].rows, runs.runs[r].count * static_cast<int64_t>(value_dim_))) return true;
+    }
+    return false;
   }
 
   // Loads the queries and resets the states; returns the number of row blocks, evenly filled.
@@ -113,19 +202,58 @@ class Forward {
       State& state = states_[i];
       const int64_t row = first + i * share;
       state.block.place(problem_, packing, row, static_cast<int>(smaller(share, first + count - row)));
-      load_rows<E>(tensors_.query, packing, state.block, problem_.head_dim, query_, dim_);
+      load_rows<E>(tensors_.query, state.block, problem_.head_dim, query_, dim_);
       if (logits_.negates_query()) negate(query_, state.block.vectors * kLanes<T> * dim_);
       Op::right_from_columns(query_, dim_, state.block.vectors * kLanes<T>, dim_, state.query, ld);
-      std::memset(state.acc, 0, value_dim_ * ld * sizeof(T));
-      for (int lane = 0; lane < ld; ++lane) {
-        // The sink is one more key, with value 0, seen before all others.
-        const bool sink = problem_.sinks && lane < state.block.count;
-        state.max[lane] =
-            sink ? static_cast<const T*>(problem_.sinks)[packing.head(row + lane)] / logits_.unit() : -kInf<T>;
-        state.sum[lane] = sink ? T(1) : T(0);
-      }
+      clear(state);
     }
     return blocks;
+  }
+
+  void clear(State& state) {
+    std::memset(state.acc, 0, value_dim_ * ld * sizeof(T));
+    std::fill_n(state.max, ld, -kInf<T>);
+    std::fill_n(state.sum, ld, T(0));
+  }
+
+  // True if the sums relative to the unified max are far from where floats end.
+  bool sums_fit(const State& state) const {
+    bool fits = true;
+    for (int lane = 0; lane < state.block.count; ++lane) {
+      fits &= state.sum[lane] >= T(0x1p-60) && state.sum[lane] <= T(0x1p60);
+    }
+    return fits && !has_nonfinite(state.acc, value_dim_ * ld);
+  }
+
+  // Merges the parts into the states, in order.
+  void add(const Parts<T>& parts, int blocks) {
+    const T factor = logits_.factor();
+    for (int p = 0; p < parts.count; ++p) {
+      for (int i = 0; i < blocks; ++i) {
+        State& state = states_[i];
+        for (int lane = 0; lane < state.block.count; ++lane) {
+          const Row& row = state.block.rows[lane];
+          const int64_t at = parts.at(problem_, p, row, state.block.first + lane);
+          if (parts.sum[at] == 0) continue;  // saw nothing; its accumulator was perhaps never written
+          const T top = larger(state.max[lane], parts.max[at]);
+          const T mine = std::exp2((state.max[lane] - top) * factor), its = std::exp2((parts.max[at] - top) * factor);
+          state.max[lane] = top;
+          state.sum[lane] = state.sum[lane] * mine + parts.sum[at] * its;
+          for (int d = 0; d < problem_.value_dim; ++d) {
+            T& acc = state.acc[d * ld + lane];
+            acc = (mine == 0 ? T(0) : acc * mine) + parts.acc[at * problem_.value_dim + d] * its;
+          }
+        }
+      }
+    }
+  }
+
+  void suspend(const State& state, const Parts<T>& parts, int64_t index) {
+    for (int lane = 0; lane < state.block.count; ++lane) {
+      const int64_t at = parts.at(problem_, index, state.block.rows[lane], state.block.first + lane);
+      parts.max[at] = state.max[lane], parts.sum[at] = state.sum[lane];
+      for (int d = 0; d < problem_.value_dim; ++d) parts.acc[at * problem_.value_dim + d] = state.acc[d * ld + lane];
+    }
   }
 
   // P^T = exp2((scores - max) * factor), in place; the accumulator is rescaled where the max moved.
@@ -134,6 +262,20 @@ class Forward {
     const T factor = logits_.factor();
     for (int v = 0; v < state.block.vectors; ++v) {
       T* scores = scores_ + v * n;
+      if (unified_) {
+        const Vec<T> shift = load(state.max + v * n);
+        Vec<T> sum[4] = {};
+        for (int j = 0; j < keys; j += 4) {
+#pragma GCC unroll 4
+          for (int u = 0; u < 4; ++u) {
+            const Vec<T> p = exp2<T>((load(scores + (j + u) * ld) - shift) * factor);
+            sum[u] += p;
+            store(scores + (j + u) * ld, p);
+          }
+        }
+        store(state.sum + v * n, load(state.sum + v * n) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+        continue;
+      }
       Vec<T> top[4] = {broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>)};
       for (int j = 0; j < keys; j += 4) {
 #pragma GCC unroll 4
@@ -164,35 +306,47 @@ class Forward {
     }
   }
 
-  void drop(const RowPacking& packing, const RowBlock<W>& block, int64_t k_begin, const KeyRange& range) {
-    dropout_factors(problem_, packing, block, k_begin, range, dropout_);
+  void drop(const RowBlock<W>& block, const Tile& tile, const KeyRange& range) {
+    dropout_factors(problem_, block, tile, range, dropout_);
     for (int i = 0; i < range.padded * ld; i += kLanes<T>) {
       store(scores_ + i, load(scores_ + i) * load(dropout_ + i));
     }
   }
 
-  void finish(const RowPacking& packing, State& state) {
+  void finish(State& state) {
+    if (tensors_.carry.suspend) return suspend(state, carry_, 0);
     T out_scale[ld];
-    const T unit = logits_.unit();
+    const T unit = logits_.unit(), factor = logits_.factor();
     for (int lane = 0; lane < state.block.count; ++lane) {
+      const Row& row = state.block.rows[lane];
+      T rescale = 1;
+      if (problem_.sinks) {
+        // The sink is one more key, with value 0.
+        const T sink = static_cast<const T*>(problem_.sinks)[row.head] / unit, top = larger(state.max[lane], sink);
+        const T shift = top == -kInf<T> ? T(0) : top;
+        rescale = std::exp2((state.max[lane] - shift) * factor);
+        state.sum[lane] = state.sum[lane] * rescale + std::exp2((sink - shift) * factor);
+        state.max[lane] = top;
+      }
       const RowResult<T> result = RowResult<T>::from(state.max[lane], state.sum[lane], unit);
-      const int64_t row = state.block.first + lane;
-      const int64_t head = packing.batch * problem_.q_heads + packing.head(row);
-      static_cast<T*>(tensors_.lse)[head * problem_.q_len + packing.query(row)] = result.lse;
-      out_scale[lane] = result.out_scale;
+      static_cast<T*>(tensors_.lse)[problem_.row(row.b, row.head, row.tensor_row)] = result.lse;
+      out_scale[lane] = result.out_scale * rescale;
     }
-    store_rows<E>(state.acc, out_scale, packing, state.block, problem_.value_dim, value_dim_, scratch_, tensors_.out);
+    store_rows<E>(state.acc, out_scale, state.block, problem_.value_dim, value_dim_, scratch_, tensors_.out);
   }
 
   const Problem& problem_;
   const ForwardTensors& tensors_;
-  int dim_, value_dim_;  // padded
+  Parts<T> carry_;
+  bool unified_ = false;  // weights are relative to Problem::unified_max
+  int dim_, value_dim_;   // padded
   typename Op::Unit unit_;
   Arena arena_;
   Logits<W> logits_;
   Poison<W> poison_;
   State states_[kRowBlocks];
-  W* key_;           // [key][dim]
+  Runs<W> keys_, values_;
+  W* key_;           // [key][dim]: copies, as below
   W* value_;         // [key][value dim]
   W* value_room_;    // for the value tile as a left operand
   W* weights_room_;  // for P^T as a right operand
@@ -204,16 +358,57 @@ class Forward {
 
 template <typename E>
 void forward(const Problem& problem, const ForwardTensors& tensors, int threads) {
-  const int64_t rows = problem.q_len * problem.group();
-  const int64_t row_tiles = ceil_div(rows, Forward<E>::kRows);
-  const int64_t heads = problem.batch * problem.kv_heads;
-  // Last row tiles first: under a causal mask they are the longest.
-  parallel<Forward<E>>(threads, row_tiles * heads, problem, tensors, [&](Forward<E>& kernel, int64_t task) {
-    const int64_t first = (row_tiles - 1 - task / heads) * Forward<E>::kRows;
-    const int64_t head = task % heads;
-    const int64_t kv_head = head % problem.kv_heads;
-    kernel({head / problem.kv_heads, kv_head * problem.group(), problem.group(), kv_head}, first,
-           smaller<int64_t>(Forward<E>::kRows, rows - first));
+  using Kernel = Forward<E>;
+  using T = ComputeOf<E>;
+  const int64_t most = RowPacking::most(problem);
+  const int64_t rows = tile_rows(problem, Kernel::kRows, kBlockLanes<typename ProductOf<E>::Type>);
+  const int64_t row_tiles = ceil_div(most, rows), packings = problem.key_groups() * problem.kv_heads;
+  // f(packing, first, count) for the row tiles; the last ones first: under a causal mask they are the longest.
+  const auto tile = [&](int64_t task, auto f) {
+    const int64_t first = (row_tiles - 1 - task / packings) * rows;
+    const RowPacking packing = RowPacking::of(problem, task % packings);
+    if (first < packing.count()) f(packing, first, smaller(rows, packing.count() - first));
+  };
+  // Whether to cut is a sequence's own affair too.
+  const auto is_cut = [](const RowPacking& packing) {
+    return packing.count() <= kBlockLanes<typename ProductOf<E>::Type> && packing.keys.k_len > Kernel::kSplitKeys;
+  };
+  int64_t most_cut = 0;  // rows of a packing that is cut
+  for (int64_t i = 0; problem.k_len > Kernel::kSplitKeys && i < packings; i += problem.kv_heads) {
+    const RowPacking packing = RowPacking::of(problem, i);
+    if (is_cut(packing)) most_cut = larger(most_cut, packing.count());
+  }
+  if (most_cut == 0) {
+    parallel<Kernel>(threads, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
+      tile(task, [&](const RowPacking& packing, int64_t first, int64_t count) { kernel(packing, first, count); });
+    });
+    return;
+  }
+
+  const int64_t splits = ceil_div(problem.k_len, Kernel::kSplitKeys), all_rows = packings * most_cut;
+  // No initial values: a part that no key is in is left out by its number of keys.
+  const std::unique_ptr<T[]> memory(new T[splits * all_rows * (problem.value_dim + 2)]);
+  const auto parts_of = [&](int64_t packing, int64_t count) {
+    T* const max = memory.get();
+    return Parts<T>{max, max + splits * all_rows, max + 2 * splits * all_rows, count, all_rows, packing * most_cut};
+  };
+  parallel<Kernel>(threads, row_tiles * packings * splits, problem, tensors, [&](Kernel& kernel, int64_t task) {
+    const int64_t split = task % splits, begin = split * Kernel::kSplitKeys, index = task / splits;
+    tile(index, [&](const RowPacking& packing, int64_t first, int64_t count) {
+      if (!is_cut(packing)) {
+        if (split == 0) kernel(packing, first, count);
+      } else if (begin < packing.keys.k_len) {
+        kernel.part(packing, first, count, begin, begin + Kernel::kSplitKeys, parts_of(index % packings, splits),
+                    split);
+      }
+    });
+  });
+  parallel<Kernel>(threads, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
+    tile(task, [&](const RowPacking& packing, int64_t first, int64_t count) {
+      if (!is_cut(packing)) return;
+      const int64_t parts = ceil_div(packing.keys.k_len, Kernel::kSplitKeys);
+      kernel.merge(packing, first, count, parts_of(task % packings, parts));
+    });
   });
 }
 

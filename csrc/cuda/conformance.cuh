@@ -49,7 +49,7 @@ struct PlaceConformance : ConformanceKernel<64, 4, 6 * 64 * 6 * 4> {
   }
 };
 
-// ---- Barriers and shuffles: values pass through shared memory to the mirrored thread.
+// ---- Barriers, shuffles, votes: values pass through shared memory to the mirrored thread.
 
 struct BarSyncConformance : ConformanceKernel<128, 512, 512, 512> {
   static FLASHX_DEVICE void run(const Params& params) {
@@ -99,6 +99,25 @@ struct ShflBflyConformance : ConformanceKernel<32, 128, 32 * 128> {
   static FLASHX_DEVICE void run(const Params& params) {
     const float value = in<float>(params, ptx::lane());
     for (int mask = 0; mask < 32; ++mask) out(params, mask * 32 + ptx::lane(), ptx::shfl_bfly(value, mask));
+  }
+};
+
+// Round r asks for bit r of each lane's input. out[round][lane]
+struct VoteBallotConformance : ConformanceKernel<32, 128, 32 * 128> {
+  static FLASHX_DEVICE void run(const Params& params) {
+    const uint32_t bits = in<uint32_t>(params, ptx::lane());
+    for (int round = 0; round < 32; ++round) {
+      out(params, round * 32 + ptx::lane(), ptx::vote_ballot(bits >> round & 1));
+    }
+  }
+};
+
+// out[2][lane]: the least and the largest of the warp's.
+struct ReduxConformance : ConformanceKernel<32, 128, 256> {
+  static FLASHX_DEVICE void run(const Params& params) {
+    const int value = in<int>(params, ptx::lane());
+    out(params, ptx::lane(), ptx::redux_min(value));
+    out(params, 32 + ptx::lane(), ptx::redux_max(value));
   }
 };
 
@@ -256,6 +275,8 @@ const Conformance kConformance[] = {
     {"bar_red_or", run_conformance<BarRedOrConformance>},
     {"bar_warp_sync", run_conformance<BarWarpSyncConformance>},
     {"shfl_bfly", run_conformance<ShflBflyConformance>},
+    {"vote_ballot", run_conformance<VoteBallotConformance>},
+    {"redux", run_conformance<ReduxConformance>},
     {"global_1", run_conformance<GlobalConformance<uint8_t>>},
     {"global_2", run_conformance<GlobalConformance<uint16_t>>},
     {"global_4", run_conformance<GlobalConformance<uint32_t>>},
@@ -276,6 +297,7 @@ const Conformance kConformance[] = {
     {"cvt_bf16x2", run_conformance<NumbersConformance<ptx::Words2, uint32_t, convert_pair<BFloat16>>>},
     {"cvt_f32_f16", run_conformance<NumbersConformance<Half, float, ptx::cvt_f32>>},
     {"cvt_f32_bf16", run_conformance<NumbersConformance<BFloat16, float, ptx::cvt_f32>>},
+    {"clz", run_conformance<NumbersConformance<uint32_t, int, ptx::clz>>},
     {"bits_of", run_conformance<NumbersConformance<float, uint32_t, ptx::bits_of>>},
     {"float_of", run_conformance<NumbersConformance<uint32_t, float, ptx::float_of>>},
 };

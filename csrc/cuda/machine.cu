@@ -1,6 +1,7 @@
 // The CUDA backend's host side: checks sizes, picks the instance. Built by nvcc for GPUs, by the host compiler for the
 // emulator.
 #include <initializer_list>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -12,21 +13,48 @@ namespace flashx::FLASHX_MACHINE {
 namespace {
 
 // The parts that a call's keys are cut into: a function of its lengths alone, so that a sequence's result does not
-// depend on what it is batched with.
+// depend on what it is batched with; nor on how much longer than its keys their tensor is, since what fits one part is
+// the same bits, cut or not.
 int splits(const Problem& problem) {
   constexpr int64_t kRows = 64;
   if (problem.q_len == 0 || query_rows(problem) > kRows) return 1;
-  const int64_t keys = problem.mask.hi(problem.q_len - 1, problem.k_len);
-  return keys < 2 * sm80::kSplitKeys ? 1 : static_cast<int>(ceil_div(keys, sm80::kSplitKeys));
+  const bool dense = !problem.sequences;
+  const int64_t keys = dense ? problem.mask.hi(problem.q_len - 1, problem.k_len) : problem.k_len;
+  return static_cast<int>(clamp<int64_t>(ceil_div(keys, split_keys(problem)), 1, std::numeric_limits<int>::max()));
 }
 
 int64_t forward_workspace(const Problem& problem) {
   const int64_t n = splits(problem);
-  return n == 1 ? 0 : n * problem.batch * problem.q_heads * problem.q_len * (problem.value_dim + 1) * 4;
+  return n == 1 ? 0 : n * numbered_rows(problem) * (problem.value_dim + 1) * 4;
 }
 
 [[noreturn]] void refuse(const std::string& rule, const Problem& problem) {
   throw std::invalid_argument("the CUDA kernels take " + rule + ", got" + describe(problem));
+}
+
+// What the tables say is checked by the kernels; their sizes are not.
+void check_tables(const Problem& p) {
+  const auto whole = [](int64_t n) { return n >= 0 && n < int64_t{1} << 31; };
+  const bool fits = p.q_rows >= p.q_len && (p.pages.table || p.k_rows >= p.k_len);
+  const bool same = p.q_rows == p.q_len && (p.pages.table || p.k_rows == p.k_len);
+  if (p.sequences ? !fits : !same) refuse("tensors as long as the longest sequence, or longer if it has a table", p);
+  if (p.packed && !p.sequences) refuse("packed rows with a table of sequences", p);
+  if (p.members && (!p.member_begin || p.groups < 1 || !p.sequences || p.packed || p.pages.table)) {
+    refuse("members in groups, with a table of sequences that are neither packed nor paged", p);
+  }
+  if (p.pages.table && (p.pages.width < 1 || p.pages.size < 1 || p.pages.count < 1 || !whole(p.pages.width) ||
+                        !whole(p.pages.size) || !whole(p.pages.count))) {
+    refuse("page tables of at least one page", p);
+  }
+  if (p.bias.data && (p.sequences || p.pages.table)) refuse("a bias with dense batches only", p);
+  const BlockMap& blocks = p.blocks;
+  if (!blocks.map) return;
+  const auto size = [](int32_t n) { return n >= 16 && n <= 256 && n % 16 == 0; };
+  if (!size(blocks.q_block) || !size(blocks.k_block)) refuse("blocks of 16 to 256, multiples of 16", p);
+  const bool bits =
+      blocks.bitmaps == 0 || (blocks.bitmaps > 0 && blocks.bitmaps < (int64_t{1} << 31) - 2 && blocks.bits);
+  const bool sizes = whole(blocks.q_blocks) && whole(blocks.k_blocks) && blocks.batch >= 0 && blocks.head >= 0;
+  if (!bits || !sizes) refuse("block maps of at least 0 blocks, and the bitmaps that they name", p);
 }
 
 // What the kernels take for granted. Python has checked the tensors; this is what a GPU would not forgive.
@@ -42,14 +70,19 @@ void check(const Problem& p, std::initializer_list<View> views) {
   // Row and block indices have 32 bits on the device, one past a last tile too; a tile has at least 16 rows. Each size
   // by itself comes first, so that no product overflows.
   constexpr int64_t kLimit = int64_t{1} << 31, kTile = 1024;
-  const bool small = larger(larger(p.batch, p.q_heads), larger(p.q_len, p.k_len)) < kLimit;
+  const bool small = larger(larger(p.batch, p.q_heads), larger(p.q_len, p.k_len)) < kLimit && p.groups < kLimit &&
+                     larger(p.q_rows, p.k_rows) < int64_t{1} << 40;
   const int64_t longest = small ? larger(query_rows(p), p.k_len) : kLimit, heads = small ? p.batch * p.q_heads : kLimit;
-  if (longest >= kLimit - kTile || heads >= kLimit || (longest / 16 + 1) * heads >= kLimit ||
-      heads * p.q_len / 4 >= kLimit) {
+  // Members' rows are one tensor's to their key heads.
+  const int64_t together = !small || !p.members ? 1 : larger(p.batch, p.groups);
+  if (longest >= kLimit - kTile || heads >= kLimit || together * longest >= kLimit - kTile ||
+      (longest / 16 + 1) * larger(heads, together * p.q_heads) >= kLimit || heads * p.q_len / 4 >= kLimit ||
+      (p.packed ? p.q_heads : heads) * p.q_rows / 4 >= kLimit) {
     refuse("fewer than 2**31 rows and tiles", p);
   }
   constexpr int kLargestGridY = 65535;
   if (splits(p) > kLargestGridY) refuse("at most 65535 splits of 1024 keys", p);
+  if (p.batch > 0) check_tables(p);
   const uintptr_t bytes = p.dtype == DType::Float32 ? 4 : 2;
   for (const View& view : views) {
     if (reinterpret_cast<uintptr_t>(view.data) % bytes != 0)
@@ -88,6 +121,9 @@ const char* forward_kernel(const Problem& problem) { return splits(problem) > 1 
 
 void forward(const Problem& problem, const ForwardTensors& tensors, const CudaCall& call) {
   check(problem, {tensors.query, tensors.key, tensors.value, tensors.out});
+  if ((tensors.carry.max || tensors.carry.suspend) && !(tensors.carry.max && tensors.carry.sum && tensors.carry.acc)) {
+    refuse("a carried state with its max, sum and accumulator", problem);
+  }
   visit(problem, [&](auto element, auto dim) {
     ForwardInstance<decltype(element), decltype(dim)::value>::run(problem, tensors, call, splits(problem));
   });
@@ -96,6 +132,7 @@ void forward(const Problem& problem, const ForwardTensors& tensors, const CudaCa
 void backward(const Problem& problem, const BackwardTensors& tensors, const CudaCall& call) {
   check(problem, {tensors.query, tensors.key, tensors.value, tensors.out, tensors.grad_out, tensors.grad_query,
                   tensors.grad_key, tensors.grad_value});
+  if (problem.pages.table) refuse("pages in the forward only", problem);
   visit(problem, [&](auto element, auto dim) {
     BackwardInstance<decltype(element), decltype(dim)::value>::run(problem, tensors, call);
   });

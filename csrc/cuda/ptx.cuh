@@ -38,7 +38,7 @@ FLASHX_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 extern __shared__ __align__(128) unsigned char shared_memory[];
 FLASHX_DEVICE uint32_t shared_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)); }
 
-// ---- Barriers and shuffles
+// ---- Barriers, shuffles, votes
 
 // barrier.sync 0: all threads of the block; orders their accesses to memory.
 FLASHX_DEVICE void bar_sync() { __syncthreads(); }
@@ -52,6 +52,11 @@ FLASHX_DEVICE bool bar_red_or(bool value) { return __syncthreads_or(value); }
 FLASHX_DEVICE void bar_warp_sync() { __syncwarp(); }
 // shfl.sync.bfly: the value of lane ^ mask.
 FLASHX_DEVICE float shfl_bfly(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// vote.sync.ballot: bit i is lane i's value.
+FLASHX_DEVICE uint32_t vote_ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+// redux.sync.min.s32, redux.sync.max.s32: of the warp's lanes.
+FLASHX_DEVICE int redux_min(int value) { return __reduce_min_sync(0xffffffffu, value); }
+FLASHX_DEVICE int redux_max(int value) { return __reduce_max_sync(0xffffffffu, value); }
 
 // ---- Memory. T has 1, 2, 4, 8 or 16 bytes, and its address is a multiple of them.
 
@@ -205,6 +210,9 @@ FLASHX_DEVICE uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+
+// clz.b32: zeros above the highest bit that is set; 32 for 0.
+FLASHX_DEVICE int clz(uint32_t x) { return __clz(static_cast<int>(x)); }
 
 // mov.b32
 FLASHX_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }

@@ -64,6 +64,7 @@ FLASHX_DEVICE void add_to(E* address, float x) {
 // group (GQA) share the keys they read, and rows keep the order of their positions, which is what schedules need.
 template <typename E>
 struct Rows {
+  using Element = E;
   E* base;
   int64_t row, head;
   uint32_t pack;
@@ -77,9 +78,10 @@ struct Rows {
   }
 };
 
-// Starts copying rows [first, first + kRows) into a tile; zeros past the last row and past dim.
-template <typename Tile, int kThreads, typename E>
-FLASHX_DEVICE void load_tile(uint32_t tile, const Rows<E>& from, uint32_t first) {
+// Starts copying rows [first, first + kRows) into a tile; zeros past the last row and past dim. `from` is a Rows, or
+// one of place.cuh's.
+template <typename Tile, int kThreads, typename From>
+FLASHX_DEVICE void load_tile(uint32_t tile, const From& from, uint32_t first) {
   using Element = typename Tile::Element;
   constexpr int kBytes = static_cast<int>(sizeof(Element));
   // Neighbouring threads copy neighbouring chunks of a row; a thread's rows are a multiple of 8 apart, so that they are
@@ -410,11 +412,12 @@ FLASHX_DEVICE bool has_nonfinite(const float (&sums)[kM][kN][4]) {
   return zero != 0;
 }
 
-// Writes sums[m] times factor[m][half] to rows [first + 16 m, + 16) of a tensor; in a pass that counts, adds inf or
-// -inf to what the count names.
-template <typename E, int kM, int kN>
-FLASHX_DEVICE void store_sums(const float (&sums)[kM][kN][4], const float (&factor)[kM][2], const Rows<E>& to,
-                              uint32_t first, Pass pass) {
+// Writes sums[m] times factor[m][half] to rows [first + 16 m, + 16) of a tensor, or adds it to what is there; in a pass
+// that counts, adds inf or -inf to what the count names.
+template <int kM, int kN, typename To>
+FLASHX_DEVICE void store_sums(const float (&sums)[kM][kN][4], const float (&factor)[kM][2], const To& to,
+                              uint32_t first, Pass pass, bool adds = false) {
+  using E = typename To::Element;
   struct alignas(2 * sizeof(E)) Pair {
     E x[2];
   };
@@ -434,12 +437,35 @@ FLASHX_DEVICE void store_sums(const float (&sums)[kM][kN][4], const float (&fact
           const float more = what_counts(pass) * f;
           if (column < to.dim && x > 0) add_to(row + column, more);
           if (column + 1 < to.dim && y > 0) add_to(row + column + 1, more);
+        } else if (adds) {
+          if (column < to.dim) add_to(row + column, x * f);
+          if (column + 1 < to.dim) add_to(row + column + 1, y * f);
         } else if (to.aligned && column + 1 < to.dim) {
           ptx::st_global(reinterpret_cast<Pair*>(row + column), Pair{{to_element<E>(x * f), to_element<E>(y * f)}});
         } else {
           if (column < to.dim) ptx::st_global(row + column, to_element<E>(x * f));
           if (column + 1 < to.dim) ptx::st_global(row + column + 1, to_element<E>(y * f));
         }
+      }
+    }
+  }
+}
+
+// The sums that lie in rows [first + 16 m, + 16) of a tensor of floats; zeros past its rows and dim.
+template <int kM, int kN, typename From>
+FLASHX_DEVICE void load_sums(float (&sums)[kM][kN][4], const From& from, uint32_t first) {
+  const int lane = ptx::lane();
+  FLASHX_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    FLASHX_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t r = first + 16 * m + 8 * half + lane / 4;
+      const bool real = r < from.count;
+      const float* row = from.at(real ? r : 0);
+      FLASHX_UNROLL
+      for (int i = 0; i < 2 * kN; ++i) {
+        const int column = 8 * (i / 2) + lane % 4 * 2 + i % 2;
+        sums[m][i / 2][2 * half + i % 2] = real && column < from.dim ? ptx::ld_global(row + column) : 0.0f;
       }
     }
   }

@@ -24,7 +24,19 @@ class Worker;
 struct Warp;
 
 // Instructions that a warp executes together.
-enum class WarpOp : uint8_t { None, Shuffle, LdMatrix, LdMatrixTrans, MmaHalf, MmaBFloat16, MmaTf32, Sync };
+enum class WarpOp : uint8_t {
+  None,
+  Shuffle,
+  Ballot,
+  ReduceMin,
+  ReduceMax,
+  LdMatrix,
+  LdMatrixTrans,
+  MmaHalf,
+  MmaBFloat16,
+  MmaTf32,
+  Sync
+};
 
 struct Copy {
   uint32_t offset;  // in shared memory
@@ -58,6 +70,7 @@ struct Arguments {
   uint32_t address;
   float value;
   int mask;
+  uint32_t word;  // of a vote or a reduction: the lane's, then the warp's
 };
 
 struct Warp {

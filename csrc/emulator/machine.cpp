@@ -43,6 +43,12 @@ const char* name_of(WarpOp op) {
   switch (op) {
     case WarpOp::Shuffle:
       return "shfl.sync.bfly";
+    case WarpOp::Ballot:
+      return "vote.sync.ballot";
+    case WarpOp::ReduceMin:
+      return "redux.sync.min";
+    case WarpOp::ReduceMax:
+      return "redux.sync.max";
     case WarpOp::LdMatrix:
       return "ldmatrix";
     case WarpOp::LdMatrixTrans:
@@ -259,6 +265,17 @@ float shuffle(float value, int mask) {
   return mine.value;
 }
 
+static uint32_t vote(WarpOp op, uint32_t word) {
+  Arguments& mine = arguments(*running);
+  mine.word = word;
+  running->worker->arrive(op);
+  return mine.word;
+}
+
+uint32_t ballot(bool value) { return vote(WarpOp::Ballot, value); }
+int reduce_min(int value) { return static_cast<int>(vote(WarpOp::ReduceMin, static_cast<uint32_t>(value))); }
+int reduce_max(int value) { return static_cast<int>(vote(WarpOp::ReduceMax, static_cast<uint32_t>(value))); }
+
 void warp_sync() { running->worker->arrive(WarpOp::Sync); }
 
 void ldmatrix(uint32_t* d, uint32_t address, bool transposed) {
@@ -302,6 +319,22 @@ void Worker::execute(Warp& warp, WarpOp op) {
       float values[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) values[lane] = warp.lanes[lane].value;
       for (int lane = 0; lane < kLanes; ++lane) warp.lanes[lane].value = values[lane ^ (warp.lanes[lane].mask & 31)];
+      return;
+    }
+    case WarpOp::Ballot: {
+      uint32_t bits = 0;
+      for (int lane = 0; lane < kLanes; ++lane) bits |= warp.lanes[lane].word << lane;
+      for (Arguments& lane : warp.lanes) lane.word = bits;
+      return;
+    }
+    case WarpOp::ReduceMin:
+    case WarpOp::ReduceMax: {
+      int found = static_cast<int>(warp.lanes[0].word);
+      for (const Arguments& lane : warp.lanes) {
+        const int value = static_cast<int>(lane.word);
+        found = op == WarpOp::ReduceMin ? std::min(found, value) : std::max(found, value);
+      }
+      for (Arguments& lane : warp.lanes) lane.word = static_cast<uint32_t>(found);
       return;
     }
     case WarpOp::LdMatrix:

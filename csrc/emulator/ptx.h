@@ -25,6 +25,9 @@ bool block_barrier(bool reduce, bool value);
 
 void warp_sync();
 float shuffle(float value, int mask);
+uint32_t ballot(bool value);
+int reduce_min(int value);
+int reduce_max(int value);
 void ldmatrix(uint32_t* d, uint32_t address, bool transposed);
 enum class MmaType { Half, BFloat16, Tf32 };
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b);
@@ -53,13 +56,16 @@ inline int block_y() { return emulator::block_index(1); }
 inline int block_z() { return emulator::block_index(2); }
 inline uint32_t shared_base() { return emulator::kSharedBase; }
 
-// ---- Barriers and shuffles
+// ---- Barriers, shuffles, votes
 
 inline void bar_sync() { emulator::block_barrier(false, false); }
 inline void bar_sync(int id, int threads) { emulator::barrier(id, threads, false, false); }
 inline bool bar_red_or(bool value) { return emulator::block_barrier(true, value); }
 inline void bar_warp_sync() { emulator::warp_sync(); }
 inline float shfl_bfly(float value, int mask) { return emulator::shuffle(value, mask); }
+inline uint32_t vote_ballot(bool value) { return emulator::ballot(value); }
+inline int redux_min(int value) { return emulator::reduce_min(value); }
+inline int redux_max(int value) { return emulator::reduce_max(value); }
 
 // ---- Memory
 
@@ -126,6 +132,7 @@ inline void mma<float>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 
 // ---- Numbers
 
+inline int clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .. import _C, env
-from ..problem import Gradients, Inputs, Problem
+from ..problem import Carry, Gradients, Inputs, Problem
 from . import native
 from .native import MAX_DIM as MAX_DIM
 
@@ -46,9 +46,10 @@ def kernel(problem: Problem) -> str:
     return f"cpu/{isa()}"
 
 
-def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, carry: Carry | None = None) -> None:
     described = native.with_inputs(problem, inputs)
-    _C.cpu_forward(described, isa(), torch.get_num_threads(), *native.forward_tensors(inputs, out, lse))
+    tensors = native.forward_tensors(problem, inputs, out, lse)
+    _C.cpu_forward(described, isa(), torch.get_num_threads(), *tensors, native.carried(carry))
 
 
 def backward(
@@ -62,6 +63,6 @@ def backward(
 ) -> None:
     delta = torch.empty_like(lse)
     described = native.with_inputs(problem, inputs)
-    tensors = native.backward_tensors(inputs, out, lse, grad_out, grad_lse, delta, gradients)
+    tensors = native.backward_tensors(problem, inputs, out, lse, grad_out, grad_lse, delta, gradients)
     _C.cpu_backward(described, isa(), torch.get_num_threads(), *tensors)
     native.write_sinks_gradient(inputs, lse, delta, gradients)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _C
-from ..problem import Gradients, Inputs, Problem
+from ..problem import Carry, Gradients, Inputs, Problem
 from . import native
 
 
@@ -50,15 +50,18 @@ class Cuda:
         assert self.kernels is not None
         return f"{self.NAME}/{self.kernels.forward_kernel(native.describe(problem))}"
 
-    def forward(self, problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def forward(
+        self, problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, carry: Carry | None = None
+    ) -> None:
         assert self.kernels is not None
         described = native.with_inputs(problem, inputs)
         size = self.kernels.forward_workspace(described)
         # torch's allocator keeps the memory to this stream, so it may be freed while the kernel still runs.
         workspace = torch.empty(size, dtype=torch.uint8, device=out.device) if size else None
-        tensors = native.forward_tensors(inputs, out, lse)
+        tensors = native.forward_tensors(problem, inputs, out, lse)
         address = 0 if workspace is None else workspace.data_ptr()
-        self.kernels.forward(described, *tensors, *_device_and_stream(out), address, native.tf32())
+        state = native.carried(carry)
+        self.kernels.forward(described, *tensors, state, *_device_and_stream(out), address, native.tf32())
 
     def backward(
         self,
@@ -73,7 +76,7 @@ class Cuda:
         assert self.kernels is not None
         delta = torch.empty_like(lse)
         described = native.with_inputs(problem, inputs)
-        tensors = native.backward_tensors(inputs, out, lse, grad_out, grad_lse, delta, gradients)
+        tensors = native.backward_tensors(problem, inputs, out, lse, grad_out, grad_lse, delta, gradients)
         self.kernels.backward(described, *tensors, *_device_and_stream(out), native.tf32())
         native.write_sinks_gradient(inputs, lse, delta, gradients)
 

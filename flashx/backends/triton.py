@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import env
-from ..problem import Gradients, Inputs, Problem
+from ..problem import Carry, Gradients, Inputs, Problem
 from . import native
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def kernel(problem: Problem) -> str:
     return f"{NAME}/{'interpreted' if problem.device == 'cpu' else 'compiled'}"
 
 
-def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, carry: Carry | None = None) -> None:
     with _on_device_of(out):
-        _launch().forward(problem, inputs, out, lse, native.tf32())
+        _launch().forward(problem, inputs, out, lse, carry, native.tf32())
 
 
 def backward(

@@ -20,7 +20,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import ops  # noqa: F401  (registers torch.ops.flashx)
 from ..backends.cpu import MAX_DIM
+from ..nested import are_jagged, attention_nested, same_structure
 from ..problem import DTYPES
+from .mask_blocks import block_mask_of
 
 # The builtin itself, whatever torch.nn.functional holds by now: the fallback must not come back here.
 _torch_attention = torch._C._nn.scaled_dot_product_attention
@@ -76,6 +78,8 @@ def scaled_dot_product_attention(
     out = _attention(query, key, value, attn_mask, dropout_p, is_causal, 0, scale, enable_gqa)
     if isinstance(out, str):
         reason = out
+        if attn_mask is None and are_jagged(query, key, value):  # under torch.compile
+            return _jagged(query, key, value, dropout_p, is_causal, scale, enable_gqa)
         out = _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         _warn(reason)
     return out
@@ -114,8 +118,15 @@ def _attention(
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
     right = 0 if is_causal else None
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    variant: tuple[Any, ...] = ()
+    if arguments[3] is not None and not torch.compiler.is_compiling():
+        batch, heads, q_len, _ = arguments[0].shape
+        blocks = block_mask_of(arguments[3], batch, heads, q_len, arguments[1].shape[2])
+        if blocks is not None:
+            arguments = (*arguments[:3], None)
+            variant = (blocks.map, blocks.bits, None, None, None, None, 0, *blocks.block)
     out, _ = torch.ops.flashx.attention(
-        *arguments, None, None, seed, None, right, shift, scale, 0.0, float(dropout_p), None
+        *arguments, None, None, seed, None, right, shift, scale, 0.0, float(dropout_p), None, *variant
     )
     # Torch's fused kernel leaves the output in query's layout, its other path makes it contiguous; some callers
     # view it, so here it is the same.
@@ -295,6 +306,8 @@ def _overridden(
 ) -> Tensor:
     """The call when a tensor subclass or a TorchFunctionMode has a say in it."""
     tensors = (query, key, value, mask)
+    if mask is None and are_jagged(query, key, value):
+        return _jagged(query, key, value, dropout_p, is_causal, scale, enable_gqa)
     is_causal_bias = type(mask).__module__ == "torch.nn.attention.bias"
     if is_causal_bias and not has_torch_function(tensors[:3]):
         return _with_causal_bias(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
@@ -307,6 +320,49 @@ def _overridden(
     if special:
         _warn(f"{type(special[0]).__name__} handles torch functions by itself")
     return out
+
+
+def _jagged(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """Of nested tensors (B, H, j, E), whose values are packed sequences."""
+    tensors = (query, key, value)
+    if not torch.compiler.is_dynamo_compiling() and torch._C._len_torch_function_stack() > 0:
+        # Modes have their say first, and call again.
+        return handle_torch_function(
+            scaled_dot_product_attention, (), *tensors, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    reason = _why_torch(tuple(tensor.values() for tensor in tensors), dropout_p, is_causal, scale, enable_gqa)
+    if reason is None:
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (_autocast(tensor) for tensor in tensors)
+        reason = _why_not_jagged(query, key, value, enable_gqa)
+    if reason is not None:
+        out = _torch_attention(*tensors, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        _warn(reason)
+        return out
+    result = attention_nested(query, key, value, causal=is_causal, dropout_p=dropout_p, scale=scale, align="top-left")
+    return result.out
+
+
+def _why_not_jagged(query: Any, key: Any, value: Any, enable_gqa: bool) -> str | None:
+    """Why a call with nested tensors is torch's, whatever its options."""
+    tensors = (query, key, value)
+    if not all(tensor.dim() == 4 and tensor._ragged_idx == 2 for tensor in tensors):
+        return "nested tensors are not (batch, heads, length, dim), jagged in their length"
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+        return "nested tensors have different dtypes, or one without a kernel"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        return _TORCH_RAISES
+    if not same_structure(key, value):
+        return "nested key and value have different lengths"
+    dims = query.shape[3], value.shape[3]
+    if key.shape[3] != dims[0] or not 1 <= dims[0] <= MAX_DIM or dims[1] > MAX_DIM:
+        return f"head dimensions {dims[0]}, {key.shape[3]} and {dims[1]} are not within 1 to {MAX_DIM}"
+    heads = query.shape[1], key.shape[1], value.shape[1]
+    if heads[1] != heads[2] or (heads[0] != heads[1] and not (enable_gqa and heads[1] and heads[0] % heads[1] == 0)):
+        return "nested query, key and value have different numbers of heads"
+    return None
 
 
 def _handles_functions(tensor: Any) -> bool:

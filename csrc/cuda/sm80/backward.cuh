@@ -27,13 +27,14 @@ struct BackwardParams {
 struct RowEnd {
   float lse, delta;
 
-  static FLASHX_DEVICE RowEnd of(const Problem& problem, const BackwardTensors& tensors, const Place& place,
-                                 uint32_t packed) {
-    if (packed >= place.rows) return {kInf, 0};  // weights 0
-    const int64_t head = place.batch * problem.q_heads + place.head(packed);
-    const int64_t at = head * problem.q_len + place.query(packed);
-    return {backward_lse(ptx::ld_global(static_cast<const float*>(tensors.lse) + at)),
-            ptx::ld_global(static_cast<const float*>(tensors.delta) + at)};
+  static FLASHX_DEVICE RowEnd none() { return {kInf, 0}; }  // weights 0
+  static FLASHX_DEVICE RowEnd of(const BackwardTensors& tensors, int64_t number) {
+    return {backward_lse(ptx::ld_global(static_cast<const float*>(tensors.lse) + number)),
+            ptx::ld_global(static_cast<const float*>(tensors.delta) + number)};
+  }
+  template <bool kGeneral>
+  static FLASHX_DEVICE RowEnd of(const BackwardTensors& tensors, const Place<kGeneral>& place, uint32_t packed) {
+    return packed < place.rows() ? of(tensors, place.number(packed)) : none();
   }
 };
 
@@ -90,43 +91,64 @@ struct GradKeyValue {
   using OwnTile = SharedTile<E, kOwn, kDim>;
   using StreamTile = SharedTile<E, kStream, kDim>;
 
+  using RowTable = LogitRows<kStream>;
+
   static constexpr int kThreads = kTiles.warps * 32, kBlocks = 1;
   static constexpr int kEndBytes = kStream * static_cast<int>(sizeof(RowEnd));
-  static constexpr int kStageBytes = 2 * StreamTile::kBytes + kEndBytes;
-  static constexpr int kSharedBytes = 2 * OwnTile::kBytes + kStages * kStageBytes;
+  static constexpr int kRowBytes = kEndBytes + (kGeneral ? RowTable::kBytes : 0);
+  static constexpr int kStageBytes = 2 * StreamTile::kBytes + static_cast<int>(round_up(kRowBytes, 128));
+  static constexpr int kPlace = 2 * OwnTile::kBytes + kStages * kStageBytes;  // where it lies
+  static constexpr int kSharedBytes = kPlace + Place<kGeneral>::kSharedBytes;
   static_assert(kSharedBytes <= sm80::kLargestShared);
 
   using Params = BackwardParams;
 
   static FLASHX_DEVICE void run(const Params& params) {
     const Problem& problem = params.problem;
-    const Place place(problem, ptx::block_x() / params.tiles);
-    const int k_begin = static_cast<int>(ptx::block_x() % params.tiles) * kOwn;
+    const auto place =
+        Place<kGeneral>::of_keys(problem, ptx::block_x(), params.tiles, kOwn, ptx::shared_base() + kPlace);
+    const int k_begin = static_cast<int>(place.first());
+    if (kGeneral && k_begin >= place.k_len()) return;
     const uint32_t key_tile = ptx::shared_base(), value_tile = key_tile + OwnTile::kBytes;
     const uint32_t stages = value_tile + OwnTile::kBytes;
-    const Rows<E> queries = place.queries<E>(params.tensors.query, problem.head_dim, params.query_aligned);
-    const Rows<E> grad_outs = place.queries<E>(params.tensors.grad_out, problem.value_dim, params.grad_out_aligned);
+    const auto queries = place.template queries<E>(params.tensors.query, problem.head_dim, params.query_aligned);
+    const auto grad_outs =
+        place.template queries<E>(params.tensors.grad_out, problem.value_dim, params.grad_out_aligned);
     load_tile<OwnTile, kThreads>(key_tile,
-                                 place.keys<E>(params.tensors.key, problem.k_len, problem.head_dim, params.key_aligned),
+                                 place.template keys<E>(params.tensors.key, problem.head_dim, params.key_aligned),
                                  static_cast<uint32_t>(k_begin));
-    load_tile<OwnTile, kThreads>(
-        value_tile, place.keys<E>(params.tensors.value, problem.k_len, problem.value_dim, params.value_aligned),
-        static_cast<uint32_t>(k_begin));
+    load_tile<OwnTile, kThreads>(value_tile,
+                                 place.template keys<E>(params.tensors.value, problem.value_dim, params.value_aligned),
+                                 static_cast<uint32_t>(k_begin));
 
-    const ColumnSchedule schedule(problem.mask, problem.q_len, k_begin,
-                                  smaller<int64_t>(k_begin + kOwn, problem.k_len));
-    const int begin = static_cast<int>(schedule.begin * place.group / kStream);
-    const int end =
-        schedule.begin < schedule.end ? static_cast<int>(ceil_div(schedule.end * place.group, kStream)) : begin;
-    const auto load = [&](int j) {
+    const ColumnSchedule schedule = place.rows_of(k_begin, smaller<int64_t>(k_begin + kOwn, place.k_len()));
+    const int begin = static_cast<int>(schedule.begin / kStream);
+    const int end = schedule.begin < schedule.end ? static_cast<int>(ceil_div(schedule.end, kStream)) : begin;
+    auto walk = make_walk<kGeneral>(
+        end,
+        [&](int j) {
+          const uint32_t row = static_cast<uint32_t>(j) * kStream;
+          return place.sight(row, smaller(row + kStream, place.rows()) - 1, k_begin, k_begin + kOwn);
+        },
+        [](int j) { return j; });
+    const Logits<kGeneral> logits(problem, place);
+    const auto stage_at = [&](int stage) { return stages + static_cast<uint32_t>(stage) * kStageBytes; };
+    const auto load = [&](int j, uint32_t stage) {
       if (j < end) {
-        const uint32_t stage = stages + static_cast<uint32_t>((j - begin) % kStages) * kStageBytes;
         const uint32_t row = static_cast<uint32_t>(j * kStream);
         load_tile<StreamTile, kThreads>(stage, queries, row);
         load_tile<StreamTile, kThreads>(stage + StreamTile::kBytes, grad_outs, row);
         for (int r = ptx::thread(); r < kStream; r += kThreads) {
-          const RowEnd row_end = RowEnd::of(problem, params.tensors, place, row + r);
-          const uint32_t at = stage + 2 * StreamTile::kBytes + r * static_cast<uint32_t>(sizeof(RowEnd));
+          const uint32_t row_ends = stage + 2 * StreamTile::kBytes;
+          RowEnd row_end;
+          if constexpr (kGeneral) {
+            const QueryRow its = place.row(smaller(row + r, place.rows() - 1));
+            row_end = row + r < place.rows() ? RowEnd::of(params.tensors, place.number(its)) : RowEnd::none();
+            RowTable(row_ends + kEndBytes).put(r, logits.row(its));
+          } else {
+            row_end = RowEnd::of(params.tensors, place, row + r);
+          }
+          const uint32_t at = row_ends + r * static_cast<uint32_t>(sizeof(RowEnd));
           ptx::st_shared(at, row_end.lse);
           ptx::st_shared(at + 4, row_end.delta);
         }
@@ -135,59 +157,58 @@ struct GradKeyValue {
     };
 
     const int own = ptx::warp() * 16;
-    const Logits<kGeneral> logits(problem, place);
     for (Pass pass = Pass::Plain;;) {
       float grad_key[1][kKey ? kColumns : 1][4], grad_value[1][kValue ? kColumns : 1][4];
       clear(grad_key);
       clear(grad_value);
-      if (kStages > 1) load(begin);
-      for (int j = begin; j < end; ++j) {
-        const uint32_t stage = stages + static_cast<uint32_t>((j - begin) % kStages) * kStageBytes;
-        const uint32_t grad_out_tile = stage + StreamTile::kBytes, row_ends = grad_out_tile + StreamTile::kBytes;
-        load(kStages > 1 ? j + 1 : j);
+      int j = walk.next(begin), stage = 0;
+      if (kStages > 1) load(j, stages);
+      for (int upcoming; j < end; j = upcoming, stage = (stage + 1) % kStages) {
+        const uint32_t query_tile = stage_at(stage), grad_out_tile = query_tile + StreamTile::kBytes;
+        const uint32_t row_ends = grad_out_tile + StreamTile::kBytes;
+        const bool hides = !walk.whole(j);
+        upcoming = walk.next(j + 1);
+        load(kStages > 1 ? upcoming : j, stage_at((stage + 1) % kStages));
         ptx::cp_async_wait<kStages - 1>();
         ptx::bar_sync();  // tile j is there
 
-        const uint32_t row = static_cast<uint32_t>(j * kStream);
-        const uint32_t last = smaller(row + kStream, place.rows) - 1;
-        const TileKind kind =
-            problem.mask.kind(place.query(row), place.query(last), k_begin, k_begin + kOwn, problem.k_len);
-
         // S^T = K Q^T, dP^T = V dO^T
         float s[1][kN][4], dp[1][kN][4];
-        multiply_rows<OwnTile, StreamTile>(s, key_tile, own, stage, params.exact, pass);
+        multiply_rows<OwnTile, StreamTile>(s, key_tile, own, query_tile, params.exact, pass);
         if (kKey) multiply_rows<OwnTile, StreamTile>(dp, value_tile, own, grad_out_tile, params.exact, pass);
 
-        // Opaque: rows are described anew where they are asked for, not kept in registers from use to use.
         const auto row_of = [&](int n, int c) {
-          return logits.row(ptx::opaque(row + 8 * n + ptx::lane() % 4 * 2 + c));
+          const int r = 8 * n + ptx::lane() % 4 * 2 + c;
+          if constexpr (kGeneral) {
+            return RowTable(row_ends + kEndBytes)[r];
+          } else {
+            // Opaque: rows are described anew where they are asked for, not kept in registers from use to use.
+            return logits.row(ptx::opaque(static_cast<uint32_t>(j * kStream + r)));
+          }
         };
         const auto end_of = [&](int n, int i) {
           const uint32_t at = row_ends + (8 * n + ptx::lane() % 4 * 2 + i % 2) * static_cast<uint32_t>(sizeof(RowEnd));
           return RowEnd{ptx::ld_shared<float>(at), ptx::ld_shared<float>(at + 4)};
         };
-        differentiate<kGeneral, true>(problem, logits, s, dp, own, k_begin, kind != TileKind::Full, row_of, end_of,
-                                      kKey);
+        differentiate<kGeneral, true>(problem, logits, s, dp, own, k_begin, hides, row_of, end_of, kKey);
 
         // dV += P^T dO, dK += dS^T Q
         if constexpr (kValue) multiply_columns<StreamTile>(grad_value, s, grad_out_tile, params.exact, pass);
-        if constexpr (kKey) multiply_columns<StreamTile>(grad_key, dp, stage, params.exact, pass);
+        if constexpr (kKey) multiply_columns<StreamTile>(grad_key, dp, query_tile, params.exact, pass);
         ptx::bar_sync();  // tile j's buffer is free
       }
-      // Opaque: what the end needs is worked out anew, not kept through the loop.
-      const Place end_place(problem, ptx::opaque(ptx::block_x()) / params.tiles);
-      const uint32_t key = ptx::opaque(static_cast<uint32_t>(k_begin) + own);
+      const auto end_place = Place<kGeneral>::keys_again(problem, params.tiles, kOwn, ptx::shared_base() + kPlace);
+      const uint32_t key = end_place.first() + own;
       const float scale = static_cast<float>(problem.scale);
       if constexpr (kKey) {
         store_sums(grad_key, {{scale, scale}},
-                   end_place.keys<E>(params.tensors.grad_key, problem.k_len, problem.head_dim, params.grad_key_aligned),
-                   key, pass);
+                   end_place.template keys<E>(params.tensors.grad_key, problem.head_dim, params.grad_key_aligned), key,
+                   pass);
       }
       if constexpr (kValue) {
-        store_sums(
-            grad_value, {{1, 1}},
-            end_place.keys<E>(params.tensors.grad_value, problem.k_len, problem.value_dim, params.grad_value_aligned),
-            key, pass);
+        store_sums(grad_value, {{1, 1}},
+                   end_place.template keys<E>(params.tensors.grad_value, problem.value_dim, params.grad_value_aligned),
+                   key, pass);
       }
       const bool again = pass != Pass::Plain || has_nonfinite(grad_key) || has_nonfinite(grad_value);
       if (pass == Pass::NegativeUp || !ptx::bar_red_or(again)) return;
@@ -204,34 +225,41 @@ struct GradQuery {
   using OwnTile = SharedTile<E, kOwn, kDim>;
   using StreamTile = SharedTile<E, kStream, kDim>;
 
+  using RowTable = LogitRows<kOwn>;
+
   static constexpr int kThreads = kTiles.warps * 32, kBlocks = 1;
   static constexpr int kStageBytes = 2 * StreamTile::kBytes;
-  static constexpr int kSharedBytes = 2 * OwnTile::kBytes + kStages * kStageBytes;
+  static constexpr int kRowTable = 2 * OwnTile::kBytes + kStages * kStageBytes;  // where it lies
+  static constexpr int kPlace = kRowTable + (kGeneral ? RowTable::kBytes : 0);
+  static constexpr int kSharedBytes = kPlace + Place<kGeneral>::kSharedBytes;
   static_assert(kSharedBytes <= sm80::kLargestShared);
 
   using Params = BackwardParams;
 
   static FLASHX_DEVICE void run(const Params& params) {
     const Problem& problem = params.problem;
-    // Last row tiles first: under a causal mask they are the longest.
-    const Place place(problem, ptx::block_x() / params.tiles);
-    const uint32_t first = static_cast<uint32_t>(params.tiles - 1 - ptx::block_x() % params.tiles) * kOwn;
-    const int q_first = static_cast<int>(place.query(first));
-    const int q_last = static_cast<int>(place.query(smaller(first + kOwn, place.rows) - 1));
-    const RowSchedule schedule(problem.mask, problem.k_len, q_first, q_last, kStream);
-    const int begin = static_cast<int>(schedule.first()), end = static_cast<int>(schedule.last());
+    const auto place =
+        Place<kGeneral>::of_rows(problem, ptx::block_x(), params.tiles, kOwn, ptx::shared_base() + kPlace);
+    const uint32_t first = place.first(), last = smaller(first + kOwn, place.rows()) - 1;
+    if (kGeneral && first >= place.rows()) return;
+    const auto schedule = [&] { return RowSchedule(place.limits(first, last), place.k_len(), kStream); };
+    const int begin = static_cast<int>(schedule().first()), end = static_cast<int>(schedule().last());
+    auto walk = make_walk<kGeneral>(
+        end, [&](int j) { return place.sight(first, last, int64_t{j} * kStream, int64_t{j} * kStream + kStream); },
+        [&](int j) { return static_cast<int>(schedule().next(j)); });
 
     const uint32_t query_tile = ptx::shared_base(), grad_out_tile = query_tile + OwnTile::kBytes;
     const uint32_t stages = grad_out_tile + OwnTile::kBytes;
-    const Rows<E> keys = place.keys<E>(params.tensors.key, problem.k_len, problem.head_dim, params.key_aligned);
-    const Rows<E> values = place.keys<E>(params.tensors.value, problem.k_len, problem.value_dim, params.value_aligned);
-    load_tile<OwnTile, kThreads>(query_tile,
-                                 place.queries<E>(params.tensors.query, problem.head_dim, params.query_aligned), first);
+    const auto keys = place.template keys<E>(params.tensors.key, problem.head_dim, params.key_aligned);
+    const auto values = place.template keys<E>(params.tensors.value, problem.value_dim, params.value_aligned);
     load_tile<OwnTile, kThreads>(
-        grad_out_tile, place.queries<E>(params.tensors.grad_out, problem.value_dim, params.grad_out_aligned), first);
-    const auto load = [&](int j) {
+        query_tile, place.template queries<E>(params.tensors.query, problem.head_dim, params.query_aligned), first);
+    load_tile<OwnTile, kThreads>(
+        grad_out_tile, place.template queries<E>(params.tensors.grad_out, problem.value_dim, params.grad_out_aligned),
+        first);
+    const auto stage_at = [&](int stage) { return stages + static_cast<uint32_t>(stage) * kStageBytes; };
+    const auto load = [&](int j, uint32_t stage) {
       if (j < end) {
-        const uint32_t stage = stages + static_cast<uint32_t>((j - begin) % kStages) * kStageBytes;
         load_tile<StreamTile, kThreads>(stage, keys, static_cast<uint32_t>(j * kStream));
         load_tile<StreamTile, kThreads>(stage + StreamTile::kBytes, values, static_cast<uint32_t>(j * kStream));
       }
@@ -240,50 +268,72 @@ struct GradQuery {
 
     const int own = ptx::warp() * 16;
     const Logits<kGeneral> logits(problem, place);
-    const auto row_at = [&](int half) { return ptx::opaque(first + own + 8 * half + ptx::lane() / 4); };
-    // The general logits need their rows in every tile, the plain ones where a tile is partly visible.
-    LogitRow rows[2] = {};
+    const RowTable row_table(ptx::shared_base() + kRowTable);
+    if constexpr (kGeneral) {
+      for (int r = ptx::thread(); r < kOwn; r += kThreads) row_table.put(r, logits.row(first + r));
+    }
+    const auto row_of = [&](int, int half) {
+      const int r = own + 8 * half + ptx::lane() / 4;
+      if constexpr (kGeneral) {
+        return row_table[r];
+      } else {
+        return logits.row(ptx::opaque(first + r));
+      }
+    };
     RowEnd ends[2];
     FLASHX_UNROLL
     for (int half = 0; half < 2; ++half) {
-      if constexpr (kGeneral) rows[half] = logits.row(row_at(half));
-      ends[half] = RowEnd::of(problem, params.tensors, place, row_at(half));
+      ends[half] = RowEnd::of(params.tensors, place, ptx::opaque(first + own + 8 * half + ptx::lane() / 4));
     }
-    const auto row_of = [&](int, int half) { return kGeneral ? rows[half] : logits.row(row_at(half)); };
     const auto end_of = [&](int, int i) { return ends[i / 2]; };
 
     for (Pass pass = Pass::Plain;;) {
       float acc[1][kColumns][4];
       clear(acc);
-      if (kStages > 1) load(begin);
-      for (int j = begin; j < end; ++j) {
-        const int k_begin = j * kStream;
-        const uint32_t key_tile = stages + static_cast<uint32_t>((j - begin) % kStages) * kStageBytes;
-        load(kStages > 1 ? j + 1 : j);
+      int j = walk.next(begin), stage = 0;
+      if (kStages > 1) load(j, stages);
+      for (int upcoming; j < end; j = upcoming, stage = (stage + 1) % kStages) {
+        const uint32_t key_tile = stage_at(stage);
+        const bool hides = !walk.whole(j);
+        upcoming = walk.next(j + 1);
+        load(kStages > 1 ? upcoming : j, stage_at((stage + 1) % kStages));
         ptx::cp_async_wait<kStages - 1>();
         ptx::bar_sync();  // tile j is there
-
-        const TileKind kind = problem.mask.kind(q_first, q_last, k_begin, k_begin + kStream, problem.k_len);
 
         // S = Q K^T, dP = dO V^T
         float s[1][kN][4], dp[1][kN][4];
         multiply_rows<OwnTile, StreamTile>(s, query_tile, own, key_tile, params.exact, pass);
         multiply_rows<OwnTile, StreamTile>(dp, grad_out_tile, own, key_tile + StreamTile::kBytes, params.exact, pass);
-        differentiate<kGeneral, false>(problem, logits, s, dp, 0, k_begin, kind != TileKind::Full, row_of, end_of,
-                                       true);
+        differentiate<kGeneral, false>(problem, logits, s, dp, 0, j * kStream, hides, row_of, end_of, true);
 
         // dQ += dS K
         multiply_columns<StreamTile>(acc, dp, key_tile, params.exact, pass);
         ptx::bar_sync();  // tile j's buffer is free
       }
-      const float scale = static_cast<float>(problem.scale);
-      // Opaque: what the end needs is worked out anew, not kept through the loop.
-      const Place end_place(problem, ptx::opaque(ptx::block_x()) / params.tiles);
-      store_sums(acc, {{scale, scale}},
-                 end_place.queries<E>(params.tensors.grad_query, problem.head_dim, params.grad_query_aligned),
-                 ptx::opaque(first + own), pass);
+      if (kGeneral && params.tensors.adds_grad_query && pass == Pass::Plain && ptx::bar_red_or(has_nonfinite(acc))) {
+        // What is added to must be added to once.
+        pass = Pass::Finite;
+        continue;
+      }
+      finish(params, own, acc, pass);
       if (pass == Pass::NegativeUp || !ptx::bar_red_or(pass != Pass::Plain || has_nonfinite(acc))) return;
       pass = next(pass);
+    }
+  }
+
+ private:
+  static FLASHX_DEVICE void finish(const Params& params, int own, const float (&acc)[1][kColumns][4], Pass pass) {
+    const Problem& problem = params.problem;
+    const auto place = Place<kGeneral>::rows_again(problem, params.tiles, kOwn, ptx::shared_base() + kPlace);
+    const float scale = static_cast<float>(problem.scale);
+    const uint32_t row = place.first() + own;
+    if (kGeneral && params.tensors.adds_grad_query) {
+      store_sums(acc, {{scale, scale}},
+                 place.template queries<float>(params.tensors.grad_query, problem.head_dim, false), row, pass, true);
+    } else {
+      store_sums(acc, {{scale, scale}},
+                 place.template queries<E>(params.tensors.grad_query, problem.head_dim, params.grad_query_aligned), row,
+                 pass);
     }
   }
 };
@@ -299,8 +349,11 @@ struct GradBias {
 
   static constexpr int kThreads = kTiles.warps * 32, kBlocks = 1;
   static constexpr int kSumBytes = kRows * kKeys * 4;
+  using RowTable = LogitRows<kRows>;
   static constexpr int kTileBytes = 2 * QueryTile::kBytes + 2 * KeyTile::kBytes;
-  static constexpr int kSharedBytes = larger(kTileBytes, kSumBytes);
+  static constexpr int kRowTable = larger(kTileBytes, kSumBytes),
+                       kPlace = kRowTable + RowTable::kBytes;  // where they lie
+  static constexpr int kSharedBytes = kPlace + Place<true>::kSharedBytes;
   static_assert(kSharedBytes <= sm80::kLargestShared);
 
   using Params = BackwardParams;
@@ -337,8 +390,8 @@ struct GradBias {
     clear(total);
     for (int64_t b = batches.begin; b < batches.end; ++b) {
       for (int64_t h = heads.begin; h < heads.end; ++h) {
-        // One query head at a time, as a group of its own.
-        Place place(problem, b * problem.kv_heads + h / problem.group());
+        ptx::bar_sync();  // the last place is nobody's any more
+        const Place<true> place(problem, ptx::shared_base() + kPlace, b, h / problem.group(), 0);
         for (int64_t q = rows.begin; q < rows.end; q += kRows) {
           for (int64_t k = keys.begin; k < keys.end; k += kKeys) accumulate(params, place, h, q, k, total);
         }
@@ -348,29 +401,40 @@ struct GradBias {
   }
 
  private:
-  static FLASHX_DEVICE void accumulate(const Params& params, const Place& place, int64_t head, int64_t q, int64_t k,
-                                       float (&total)[1][kN][4]) {
+  // One query head at a time, of those that the place has.
+  static FLASHX_DEVICE void accumulate(const Params& params, const Place<true>& place, int64_t head, int64_t q,
+                                       int64_t k, float (&total)[1][kN][4]) {
     const Problem& problem = params.problem;
-    const TileKind kind =
-        problem.mask.kind(q, smaller<int64_t>(q + kRows, problem.q_len) - 1, k, k + kKeys, problem.k_len);
-    if (kind == TileKind::Skip) return;
+    const int64_t group = problem.group();
+    const auto packed = [&](int64_t query) {
+      return query < problem.q_len ? static_cast<uint32_t>(query * group + head % group) : place.rows();
+    };
+    const Sight sight = place.sight(packed(q), packed(smaller<int64_t>(q + kRows, problem.q_len) - 1), k, k + kKeys);
+    if (!sight.seen) return;
     const uint32_t query_tile = ptx::shared_base(), grad_out_tile = query_tile + QueryTile::kBytes;
     const uint32_t key_tile = grad_out_tile + QueryTile::kBytes, value_tile = key_tile + KeyTile::kBytes;
+    const RowTable row_table(ptx::shared_base() + kRowTable);
     const BackwardTensors& tensors = params.tensors;
+    const Logits<true> logits(problem, place);
     const auto of_head = [&](const View& view, int dim, bool aligned) {
-      return Rows<E>{view.template at<E>(place.batch, head, 0), view.row, 0,      1,
-                     static_cast<uint32_t>(problem.q_len),      dim,      aligned};
+      const Rows<E> rows{view.template at<E>(place.key_batch(), head, 0),
+                         view.row,
+                         0,
+                         1,
+                         static_cast<uint32_t>(problem.q_len),
+                         dim,
+                         aligned};
+      return rows;
     };
     ptx::bar_sync();  // the last tiles are free
+    for (int r = ptx::thread(); r < kRows; r += kThreads) row_table.put(r, logits.row(packed(q + r)));
     load_tile<QueryTile, kThreads>(query_tile, of_head(tensors.query, problem.head_dim, params.query_aligned),
                                    static_cast<uint32_t>(q));
     load_tile<QueryTile, kThreads>(grad_out_tile, of_head(tensors.grad_out, problem.value_dim, params.grad_out_aligned),
                                    static_cast<uint32_t>(q));
-    load_tile<KeyTile, kThreads>(key_tile,
-                                 place.keys<E>(tensors.key, problem.k_len, problem.head_dim, params.key_aligned),
+    load_tile<KeyTile, kThreads>(key_tile, place.keys<E>(tensors.key, problem.head_dim, params.key_aligned),
                                  static_cast<uint32_t>(k));
-    load_tile<KeyTile, kThreads>(value_tile,
-                                 place.keys<E>(tensors.value, problem.k_len, problem.value_dim, params.value_aligned),
+    load_tile<KeyTile, kThreads>(value_tile, place.keys<E>(tensors.value, problem.value_dim, params.value_aligned),
                                  static_cast<uint32_t>(k));
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -381,20 +445,15 @@ struct GradBias {
     // Careful from the start: there is no second sweep here.
     multiply_rows<QueryTile, KeyTile>(s, query_tile, own, key_tile, params.exact, Pass::Finite);
     multiply_rows<QueryTile, KeyTile>(dp, grad_out_tile, own, value_tile, params.exact, Pass::Finite);
-    const Logits<true> logits(problem, place);
-    LogitRow rows[2];
     RowEnd ends[2];
     FLASHX_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int64_t query = q + own + 8 * half + ptx::lane() / 4;
-      const uint32_t group = place.group;
-      const uint32_t packed = query < problem.q_len ? static_cast<uint32_t>(query * group + head % group) : place.rows;
-      rows[half] = logits.row(packed);
-      ends[half] = RowEnd::of(problem, tensors, place, packed);
+      ends[half] = RowEnd::of(tensors, place, packed(q + own + 8 * half + ptx::lane() / 4));
     }
     differentiate<true, false, true>(
-        problem, logits, s, dp, 0, static_cast<int>(k), kind != TileKind::Full,
-        [&](int, int half) -> const LogitRow& { return rows[half]; }, [&](int, int i) { return ends[i / 2]; }, true);
+        problem, logits, s, dp, 0, static_cast<int>(k), !sight.whole,
+        [&](int, int half) { return row_table[own + 8 * half + ptx::lane() / 4]; },
+        [&](int, int i) { return ends[i / 2]; }, true);
     FLASHX_UNROLL
     for (int n = 0; n < kN; ++n) {
       FLASHX_UNROLL
@@ -451,9 +510,9 @@ struct Delta {
   static FLASHX_DEVICE void run(const Params& params) {
     const Problem& problem = params.problem;
     const int64_t row = static_cast<int64_t>(ptx::block_x()) * kWarps + ptx::warp();
-    if (row >= problem.batch * problem.q_heads * problem.q_len) return;
-    const int64_t head = row / problem.q_len;
-    const int64_t b = head / problem.q_heads, h = head % problem.q_heads, q = row % problem.q_len;
+    const int64_t head = row / problem.q_rows;
+    const int64_t b = head / problem.q_heads, h = head % problem.q_heads, q = row % problem.q_rows;
+    if (b >= (problem.packed ? 1 : problem.batch)) return;
     const E* out = params.tensors.out.template at<E>(b, h, q);
     const E* grad_out = params.tensors.grad_out.template at<E>(b, h, q);
     float sum = 0;

@@ -50,7 +50,7 @@ constexpr BackwardTiles backward_tiles(int element_bytes, int dim, bool general)
 constexpr bool one_sweep(int element_bytes, int dim) { return dim <= (element_bytes == 4 ? 96 : 128); }
 
 // Split-KV: a call whose query rows fit one tile is cut at multiples of kSplitKeys, counted from key 0, whatever it is
-// batched with.
-constexpr int kSplitKeys = 1024;
+// batched with. Members share their keys, so their rows are many, and so are the parts that are written and read again.
+constexpr int kSplitKeys = 1024, kMemberSplitKeys = 4096;
 
 }  // namespace flashx::sm80

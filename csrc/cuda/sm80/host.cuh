@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launch.cuh"
+#include "cuda/place.cuh"
 #include "cuda/sm80/config.h"
 
 namespace flashx::FLASHX_MACHINE {
@@ -33,10 +33,22 @@ inline Buffer buffer(const char* name, const View& view, const Sizes& sizes, int
   return {name, view.data, sizes.empty() ? 0 : (last + sizes.dim) * element_bytes, writable};
 }
 
-inline Sizes query_sizes(const Problem& p, int dim) { return {p.batch, p.q_heads, p.q_len, dim}; }
-inline Sizes key_sizes(const Problem& p, int dim) { return {p.batch, p.kv_heads, p.k_len, dim}; }
+// Packed sequences have strides of 0 for the batch.
+inline Sizes query_sizes(const Problem& p, int dim) { return {p.batch, p.q_heads, p.q_rows, dim}; }
+inline Sizes key_sizes(const Problem& p, int dim) {
+  if (p.pages.table) return {p.pages.count, p.kv_heads, p.pages.size, dim};
+  return {p.key_groups(), p.kv_heads, p.k_rows, dim};
+}
 
-// The operands that shape the logits.
+// Rows that have a number: see Problem::row.
+inline int64_t numbered_rows(const Problem& p) {
+  return (p.packed ? smaller<int64_t>(p.batch, 1) : p.batch) * p.q_heads * p.q_rows;
+}
+inline View numbered_view(const Problem& p, void* data, int64_t dim) {
+  return {data, p.packed ? 0 : p.q_heads * p.q_rows * dim, p.q_rows * dim, dim};
+}
+
+// The operands that shape the logits, and the tables.
 inline void add_logit_buffers(const Problem& p, std::vector<Buffer>& buffers) {
   if (p.bias.data) {
     int64_t last = 0;
@@ -50,9 +62,32 @@ inline void add_logit_buffers(const Problem& p, std::vector<Buffer>& buffers) {
     buffers.push_back({"alibi_slopes", p.alibi_slopes, p.alibi_batch_stride == 0 ? heads : heads * p.batch, false});
   }
   if (p.sinks) buffers.push_back({"sinks", p.sinks, heads, false});
+  const BlockMap& blocks = p.blocks;
+  if (blocks.map) {
+    const int64_t last = (p.batch - 1) * blocks.batch + (p.q_heads - 1) * blocks.head;
+    buffers.push_back({"block_map", blocks.map, (last + blocks.q_blocks * blocks.k_blocks) * 4, false});
+    buffers.push_back({"block_bits", blocks.bits, blocks.bitmaps * blocks.q_block * blocks.words() * 4, false});
+  }
+  if (p.sequences) buffers.push_back({"sequences", p.sequences, p.batch * Problem::kSequenceFields * 4, false});
+  if (p.members) {
+    buffers.push_back({"members", p.members, p.batch * 4, false});
+    buffers.push_back({"member_begin", p.member_begin, (p.groups + 1) * 4, false});
+  }
+  if (p.pages.table) buffers.push_back({"page_table", p.pages.table, p.batch * p.pages.width * 4, false});
 }
 
+inline int split_keys(const Problem& p) { return p.members ? sm80::kMemberSplitKeys : sm80::kSplitKeys; }
+
+// Packed rows of a sequence.
 inline int64_t query_rows(const Problem& p) { return p.q_len * p.group(); }
+
+// Row tiles of a key head of a batch entry, and the blocks that own them.
+inline int64_t row_tiles(const Problem& p, int tile_rows) {
+  return p.members ? Place<true>::member_tiles(p, tile_rows) : ceil_div(query_rows(p), tile_rows);
+}
+inline int64_t row_blocks(const Problem& p, int tile_rows) {
+  return row_tiles(p, tile_rows) * p.kv_heads * (p.members ? 1 : p.batch);
+}
 
 // The problem, as messages have it.
 inline std::string describe(const Problem& p) {

@@ -10,7 +10,7 @@ namespace flashx::FLASHX_MACHINE {
 template <typename E, int kDim, bool kGeneral, typename Buffers>
 void launch_sweeps(const BackwardParams& described, const CudaCall& call, const Buffers& buffers) {
   const Problem& problem = described.problem;
-  const int64_t heads = problem.batch * problem.kv_heads;
+  const int64_t heads = problem.key_groups() * problem.kv_heads;
   const auto sweep_keys = [&](auto kernel) {
     using Kernel = decltype(kernel);
     BackwardParams params = described;
@@ -25,15 +25,17 @@ void launch_sweeps(const BackwardParams& described, const CudaCall& call, const 
   }
   BackwardParams params = described;
   using Kernel = GradQuery<E, kDim, kGeneral>;
-  params.tiles = ceil_div(query_rows(problem), Kernel::kOwn);
-  launch<Kernel>(kernel_name<E>(problem, "grad_query", kDim), {params.tiles * heads}, params, call, buffers);
+  params.tiles = row_tiles(problem, Kernel::kOwn);
+  const Grid grid{row_blocks(problem, Kernel::kOwn)};
+  launch<Kernel>(kernel_name<E>(problem, "grad_query", kDim), grid, params, call, buffers);
 }
 
 template <typename E, int kDim>
 void BackwardInstance<E, kDim>::run(const Problem& problem, const BackwardTensors& tensors, const CudaCall& call) {
   const Sizes query = query_sizes(problem, problem.head_dim), out = query_sizes(problem, problem.value_dim);
   const Sizes key = key_sizes(problem, problem.head_dim), value = key_sizes(problem, problem.value_dim);
-  const int64_t rows = problem.batch * problem.q_heads * problem.q_len;
+  const int64_t rows = numbered_rows(problem);
+  const int64_t grad_query_bytes = tensors.adds_grad_query ? 4 : sizeof(E);
   BackwardParams params{};
   params.problem = problem;
   params.tensors = tensors;
@@ -53,7 +55,7 @@ void BackwardInstance<E, kDim>::run(const Problem& problem, const BackwardTensor
                             buffer("grad_out", tensors.grad_out, out, sizeof(E), false),
                             {"lse", tensors.lse, rows * 4, false},
                             {"delta", tensors.delta, rows * 4, true},
-                            buffer("grad_query", tensors.grad_query, query, sizeof(E), true),
+                            buffer("grad_query", tensors.grad_query, query, grad_query_bytes, true),
                             buffer("grad_key", tensors.grad_key, key, sizeof(E), true),
                             buffer("grad_value", tensors.grad_value, value, sizeof(E), true)};
     if (tensors.grad_lse) all.push_back({"grad_lse", tensors.grad_lse, rows * 4, false});
@@ -67,7 +69,7 @@ void BackwardInstance<E, kDim>::run(const Problem& problem, const BackwardTensor
   };
 
   launch<Delta<E>>(kernel_name<E>(problem, "delta", kDim), {ceil_div(rows, Delta<E>::kWarps)}, params, call, buffers);
-  if (is_plain(problem)) {
+  if (is_plain(problem) && !tensors.adds_grad_query) {
     launch_sweeps<E, kDim, false>(params, call, buffers);
   } else {
     launch_sweeps<E, kDim, true>(params, call, buffers);

@@ -14,12 +14,15 @@ void launch_forward(const char* pass, int dim, const Problem& problem, const For
                     const CudaCall& call, int splits) {
   const Sizes query = query_sizes(problem, problem.head_dim), out = query_sizes(problem, problem.value_dim);
   const Sizes key = key_sizes(problem, problem.head_dim), value = key_sizes(problem, problem.value_dim);
-  const int64_t rows = problem.batch * problem.q_heads * problem.q_len;
+  const int64_t rows = numbered_rows(problem);
+  const Carry& carry = tensors.carry;
   typename Kernel::Params params{};
   params.problem = problem;
   params.tensors = tensors;
-  params.row_tiles = ceil_div(query_rows(problem), Kernel::kRows);
-  params.split_tiles = splits > 1 ? sm80::kSplitKeys / Kernel::kKeys : std::numeric_limits<int>::max();
+  params.carried = numbered_view(problem, carry.acc, problem.value_dim);
+  params.row_tiles = row_tiles(problem, Kernel::kRows);
+  params.rows = rows;
+  params.split_tiles = splits > 1 ? split_keys(problem) / Kernel::kKeys : std::numeric_limits<int>::max();
   params.query_aligned = is_aligned(tensors.query, query, sizeof(E));
   params.key_aligned = is_aligned(tensors.key, key, sizeof(E));
   params.value_aligned = is_aligned(tensors.value, value, sizeof(E));
@@ -36,15 +39,22 @@ void launch_forward(const char* pass, int dim, const Problem& problem, const For
                             buffer("out", tensors.out, out, sizeof(E), true),
                             {"lse", tensors.lse, rows * 4, true}};
     add_logit_buffers(problem, all);
+    if (carry.max) {
+      all.push_back({"carry_max", carry.max, rows * 4, carry.suspend});
+      all.push_back({"carry_sum", carry.sum, rows * 4, carry.suspend});
+      all.push_back({"carry_acc", carry.acc, rows * problem.value_dim * 4, carry.suspend});
+    }
     if (splits > 1) all.push_back({"workspace", call.workspace, splits * rows * (problem.value_dim + 1) * 4, true});
     return all;
   };
-  const Grid grid{params.row_tiles * problem.batch * problem.kv_heads, splits, 1};
+  const Grid grid{row_blocks(problem, Kernel::kRows), splits, 1};
   launch<Kernel>(kernel_name<E>(problem, pass, dim), grid, params, call, buffers);
   if (splits > 1) {
     const typename Combine<E>::Params combine{
-        problem, tensors.out, static_cast<float*>(tensors.lse), params.partial_out, params.partial_lse, splits};
-    launch<Combine<E>>(kernel_name<E>(problem, "combine", dim), {ceil_div(rows, Combine<E>::kWarps), 1, 1}, combine,
+        problem, tensors.out, static_cast<float*>(tensors.lse), carry, params.partial_out, params.partial_lse,
+        rows,    splits};
+    const int64_t warps = problem.batch * problem.q_heads * problem.q_len;
+    launch<Combine<E>>(kernel_name<E>(problem, "combine", dim), {ceil_div(warps, Combine<E>::kWarps), 1, 1}, combine,
                        call, buffers);
   }
 }
@@ -53,7 +63,7 @@ template <typename E, int kDim>
 void ForwardInstance<E, kDim>::run(const Problem& problem, const ForwardTensors& tensors, const CudaCall& call,
                                    int splits) {
   // Few rows do not fill the plain kernel's larger tiles.
-  if (is_plain(problem) && query_rows(problem) > Forward<E, kDim, true>::kRows) {
+  if (is_plain(problem) && !tensors.carry.max && query_rows(problem) > Forward<E, kDim, true>::kRows) {
     launch_forward<E, Forward<E, kDim, false>>("forward", kDim, problem, tensors, call, splits);
   } else {
     launch_forward<E, Forward<E, kDim, true>>("forward, general", kDim, problem, tensors, call, splits);
