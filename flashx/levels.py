@@ -85,6 +85,8 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     backend = choose(levels, arguments[-1])
     query, value = arguments[0], arguments[2][-1]
     out, lse = _outputs(query, value)
+    if lse.numel() == 0:
+        return out, lse
     largest = torch.full_like(lse, -torch.inf)
     total, acc = torch.zeros_like(lse), lse.new_zeros(*lse.shape, value.shape[3])
     for i, (problem, inputs) in enumerate(levels):
@@ -109,6 +111,8 @@ def _backward(*arguments: Any) -> tuple[Any, ...]:
     backend = choose(levels, described[-1])
     gradients = _empty_gradients(described, sinks_grad)
     query, keys, values, sinks = gradients
+    if lse.numel() == 0:
+        return gradients
     summed = torch.zeros(query.shape, dtype=accumulation_dtype(query.dtype), device=query.device)
     for i, (problem, inputs) in enumerate(levels):
         wanted = sinks if sinks_grad and i == len(levels) - 1 else None

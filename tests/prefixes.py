@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import pytest
 import tolerance
 import torch
 from cases import NAN
@@ -14,9 +13,6 @@ from cases import NAN
 import flashx
 from flashx import PrefixLevel, shared_prefix_attention, tree_attention
 from flashx.problem import accumulation_dtype
-
-# Engines whose kernels do not take levels yet.
-WITHOUT_LEVELS = {"cuda", "cuda_emulated"}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -260,8 +256,3 @@ def attend(case: Case, tensors: Tensors, backend: str | None) -> tuple[torch.Ten
 
 def run(case: Case, tensors: Tensors, backend: str | None) -> Tensors:
     return results(case, *attend(case, tensors, backend))
-
-
-def skip_without_levels(engine: str) -> None:
-    if engine in WITHOUT_LEVELS:
-        pytest.skip(f"{engine} has no levels yet")

@@ -10,7 +10,7 @@ import tolerance
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prefixes import Case, naive, skip_without_levels
+from prefixes import Case, naive
 
 from flashx import PrefixTree
 
@@ -92,7 +92,6 @@ def test_tree_by_hand() -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_attention_over_pages(in_place: bool, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of PrefixTree.attention equal tree_attention without levels, over everything gathered."""
-    skip_without_levels(engine)
     device = tolerance.device_of(engine)
     table = torch.tensor([[7, 3, 0, 0], [7, 3, 0, 5], [7, 5, 2, 2], [4, 6, 8, 9], [7, 3, 1, 0], [1, 1, 1, 1]])
     lens = torch.tensor([40, 64, 42, 43, 48, 0])

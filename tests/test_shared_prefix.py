@@ -12,19 +12,12 @@ import torch
 from conftest import CUDA_ENGINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prefixes import WITHOUT_LEVELS, Case, Level, attend, check, one_prefix, poisoned, run, skip_without_levels
+from prefixes import Case, Level, attend, check, one_prefix, poisoned, run
 
 import flashx
 from flashx import PrefixLevel, prefix_calls, shared_prefix_attention, tree_attention
 from flashx.prefix_plan import SharedPrefixPlan, plan
 from flashx.shared_prefix import explain_shared_prefix
-
-
-@pytest.fixture
-def levels_engine(engine: str) -> str:
-    """An engine whose kernels have levels."""
-    skip_without_levels(engine)
-    return engine
 
 
 @pytest.fixture(params=["levels", "concatenated"])
@@ -77,21 +70,21 @@ TREES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", SHARED, ids=str)
-def test_shared_prefix(case: Case, dtype: torch.dtype, levels_engine: str, form: str) -> None:
-    check(case, dtype, run(case, poisoned(case, case.tensors(dtype)), levels_engine))
+def test_shared_prefix(case: Case, dtype: torch.dtype, engine: str, form: str) -> None:
+    check(case, dtype, run(case, poisoned(case, case.tensors(dtype)), engine))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", TREES, ids=str)
-def test_trees(case: Case, dtype: torch.dtype, levels_engine: str) -> None:
-    check(case, dtype, run(case, poisoned(case, case.tensors(dtype)), levels_engine))
+def test_trees(case: Case, dtype: torch.dtype, engine: str) -> None:
+    check(case, dtype, run(case, poisoned(case, case.tensors(dtype)), engine))
 
 
 @pytest.mark.parametrize("case", [SHARED[3], SHARED[7], TREES[2]], ids=str)
-def test_float64(case: Case, levels_engine: str, form: str) -> None:
-    if levels_engine in CUDA_ENGINES:
+def test_float64(case: Case, engine: str, form: str) -> None:
+    if engine in CUDA_ENGINES:
         pytest.skip("the CUDA kernels have no float64")
-    check(case, torch.float64, run(case, poisoned(case, case.tensors(torch.float64)), levels_engine))
+    check(case, torch.float64, run(case, poisoned(case, case.tensors(torch.float64)), engine))
 
 
 @st.composite
@@ -126,16 +119,16 @@ def test_any_tree(case: Case) -> None:
     check(case, torch.float32, run(case, poisoned(case, case.tensors(torch.float32)), "cpu"))
 
 
-def test_empty_tensors(levels_engine: str, form: str) -> None:
+def test_empty_tensors(engine: str, form: str) -> None:
     no_heads = one_prefix(4, 2, 9, 5, q_len=3, heads=0, kv_heads=0)
     for case in (no_heads, one_prefix(4, 2, 9, 5, q_len=3, value_dim=0)):
-        found = run(case, case.tensors(torch.float32), levels_engine)
+        found = run(case, case.tensors(torch.float32), engine)
         assert found["out"].shape == (4, case.heads, 3, case.value_dim) and found["lse"].isfinite().all()
 
 
-def test_empty_batch(levels_engine: str) -> None:
+def test_empty_batch(engine: str) -> None:
     for case in (one_prefix(0, 3, 21, 4), Case(0, (Level(2, 21, ()),), 3, (), q_len=2, sinks=True)):
-        found = run(case, case.tensors(torch.float32), levels_engine)
+        found = run(case, case.tensors(torch.float32), engine)
         assert found["out"].shape == (0, 2, case.q_len, 16) and found["lse"].shape == (0, 2, case.q_len)
         assert found["grad_key0"].shape[2] == 21 and not any(tensor.any() for tensor in found.values())
 
@@ -155,10 +148,10 @@ def test_concatenated_is_attention() -> None:
 
 
 @pytest.mark.parametrize("case", [SHARED[3], SHARED[7], TREES[3], TREES[4]], ids=str)
-def test_hidden_keys_change_no_bit(case: Case, levels_engine: str, form: str) -> None:
+def test_hidden_keys_change_no_bit(case: Case, engine: str, form: str) -> None:
     tensors = case.tensors(torch.float32)
-    expected = run(case, poisoned(case, tensors, 0.0), levels_engine)
-    for name, actual in run(case, poisoned(case, tensors), levels_engine).items():
+    expected = run(case, poisoned(case, tensors, 0.0), engine)
+    for name, actual in run(case, poisoned(case, tensors), engine).items():
         tolerance.same_bits(f"{case} {name}", actual, expected[name])
 
 
@@ -171,19 +164,19 @@ def _sequences(case: Case, chosen: list[int]) -> Case:
 
 @pytest.mark.parametrize("chosen", [[5, 3, 1, 0, 2, 4], [2], [4, 1, 5]], ids=str)
 @pytest.mark.parametrize("case", [TREES[2], TREES[4], replace(TREES[4], q_len=17, levels=(A, B), suffix=90)], ids=str)
-def test_bits_of_a_sequence_do_not_depend_on_the_batch(case: Case, chosen: list[int], levels_engine: str) -> None:
+def test_bits_of_a_sequence_do_not_depend_on_the_batch(case: Case, chosen: list[int], engine: str) -> None:
     """Neither on the sequences beside it nor on their order."""
-    if levels_engine == "reference":
+    if engine == "reference":
         pytest.skip("torch's products promise no such thing")
     tensors = case.tensors(torch.float32)
-    whole = run(case, tensors, levels_engine)
+    whole = run(case, tensors, engine)
     own = {name: tensor[chosen] if name in ("query", "key", "value") else tensor for name, tensor in tensors.items()}
-    out, lse, _ = attend(_sequences(case, chosen), own, levels_engine)
+    out, lse, _ = attend(_sequences(case, chosen), own, engine)
     tolerance.same_bits("out", out.detach().cpu(), whole["out"][chosen])
     tolerance.same_bits("lse", lse.detach().cpu(), whole["lse"][chosen])
 
 
-def test_one_level_cut_in_two(levels_engine: str) -> None:
+def test_one_level_cut_in_two(engine: str) -> None:
     """Where levels end changes roundings only; the window crosses all of it."""
     whole = Case(6, (A, B), 12, (12, 0, 1, 5, 3, 12), q_len=3, window=(50, 0), sink_tokens=3, sinks=True)
     tensors = whole.tensors(torch.float32)
@@ -193,27 +186,27 @@ def test_one_level_cut_in_two(levels_engine: str) -> None:
     for name in ("key", "value"):
         pieces[f"{name}2"] = tensors[f"{name}1"]
         pieces[f"{name}0"], pieces[f"{name}1"] = tensors[f"{name}0"].split([11, 29], dim=2)
-    found = run(cut, pieces, levels_engine)
+    found = run(cut, pieces, engine)
     for name in ("key", "value"):
         found[f"grad_{name}0"] = torch.cat([found[f"grad_{name}0"], found.pop(f"grad_{name}1")], dim=2)
         found[f"grad_{name}1"] = found.pop(f"grad_{name}2")
     check(whole, torch.float32, found)
 
 
-def test_strided_tensors(levels_engine: str) -> None:
+def test_strided_tensors(engine: str) -> None:
     """Heads inside length, as projections and caches have them."""
     case = SHARED[3]
     tensors = case.tensors(torch.float32)
     strided = {
         name: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 4 else t for name, t in tensors.items()
     }
-    check(case, torch.float32, run(case, strided, levels_engine))
+    check(case, torch.float32, run(case, strided, engine))
 
 
-def test_only_some_gradients(levels_engine: str) -> None:
+def test_only_some_gradients(engine: str) -> None:
     case = SHARED[3]
-    tensors, expected = case.tensors(torch.float32), run(case, case.tensors(torch.float32), levels_engine)
-    device = tolerance.device_of(levels_engine)
+    tensors, expected = case.tensors(torch.float32), run(case, case.tensors(torch.float32), engine)
+    device = tolerance.device_of(engine)
     query, prefix, key = (tensors[name].to(device) for name in ("query", "key0", "key"))
     value, prefix_value = tensors["value"].to(device), tensors["value0"].to(device).requires_grad_()
     lens = torch.tensor(case.suffix_lens, device=device)
@@ -225,7 +218,7 @@ def test_only_some_gradients(levels_engine: str) -> None:
         value,
         suffix_lens=lens,
         sinks=tensors["sinks"].to(device),
-        backend=levels_engine,
+        backend=engine,
     )
     (grad,) = torch.autograd.grad(out, prefix_value, case.above(torch.float32)[0].to(device))
     tolerance.same_bits("prefix value", grad.cpu(), expected["grad_value0"])
@@ -356,7 +349,7 @@ def test_bad_levels(levels: Any, error: type[Exception], message: str) -> None:
         tree_attention(**arguments)
 
 
-@pytest.mark.skipif("cuda" not in CUDA_ENGINES or "cuda" in WITHOUT_LEVELS, reason="no GPU")
+@pytest.mark.skipif("cuda" not in CUDA_ENGINES, reason="no GPU")
 def test_nothing_waits_for_a_gpu() -> None:
     """torch raises where its own code waits; lengths and nodes out of range are clamped, not read."""
     query, key = torch.randn(4, 2, 3, 16, device="cuda"), torch.randn(4, 1, 9, 16, device="cuda")

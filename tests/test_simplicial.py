@@ -16,7 +16,7 @@ from flashx.problem import accumulation_dtype
 NAMES = ("query", "key", "value", "key2", "value2")
 CASES = [
     # batch, heads, kv heads, length, dim, value dim, window, window2
-    (1, 1, 1, 1, 8, 8, 1, 1),
+    (1, 2, 1, 3, 8, 8, 2, 2),
     (2, 4, 2, 50, 16, 8, 9, 5),
     (1, 2, 1, 60, 24, 24, 33, 3),
     (1, 2, 2, 40, 16, 16, 100, 100),

@@ -13,14 +13,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logits import LOG2_E, UNSPECIALIZED, Problem, by_row, describe, dropout_factor, to_logits, unit
-from .schedule import column_schedule, hi, lo, row_schedule, visited_tile
+from .logits import LOG2_E, by_row, dropout_factor, to_logits, unit
+from .place import describe, place_of, place_of_rows, query_of, row_count
+from .problem import UNSPECIALIZED, Problem
+from .schedule import (
+    WALK,
+    column_chunk,
+    column_schedule,
+    hi,
+    lo,
+    lowest_bit,
+    row_chunk,
+    row_schedule,
+    tile_count,
+    visited_tile,
+)
 from .tile import (
     FINITE,
     INF,
     NEGATIVE_DOWN,
     PLAIN,
     has_nonfinite,
+    keys_of,
     load_tile,
     multiply_columns,
     multiply_rows,
@@ -30,31 +44,28 @@ from .tile import (
 
 
 @triton.jit
-def row_ends(o_r, rows, lse, delta, i_b, problem):
+def row_ends(rows, lse, delta):
     """The rows' normalisers and deltas: what their weights' gradients need. A row past the last has weights 0."""
-    o_head = i_b.to(tl.int64) * problem.kv_heads * problem.group + rows.o_h
-    o_row = o_head * problem.q_len + rows.o_q
-    m_r = o_r < problem.q_len * problem.group
-    b_lse = tl.load(lse + o_row, mask=m_r, other=INF)
-    b_delta = tl.load(delta + o_row, mask=m_r, other=0.0)
+    b_lse = tl.load(lse + rows.o_number, mask=rows.m_r, other=INF)
+    b_delta = tl.load(delta + rows.o_number, mask=rows.m_r, other=0.0)
     return tl.where(b_lse == -INF, INF, b_lse), b_delta  # an empty row's weights are 0, not inf
 
 
 @triton.jit
 def differentiate(
-    b_s, b_dp, rows, ends, k_begin, i_b, problem,
+    b_s, b_dp, rows, ends, k_begin, place, problem,
     flags: tl.constexpr, N: tl.constexpr, HIDES: tl.constexpr, KEYS_FIRST: tl.constexpr, OF_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """From scores and dP the weights that multiply values, and dS: the gradient of the scores, or, for a bias, of the
     logits, which softcap's slope is not yet part of."""
-    b_s, b_capped = to_logits(b_s, rows, k_begin, i_b, problem, flags, N, HIDES, KEYS_FIRST)
+    b_s, b_capped = to_logits(b_s, rows, k_begin, place, problem, flags, N, HIDES, KEYS_FIRST)
     b_lse, b_delta = ends
     b_p = tl.exp2((b_s * unit(problem, flags) - by_row(b_lse, KEYS_FIRST)) * LOG2_E)
     if HIDES:
         b_p = tl.where(b_s == -INF, 0.0, b_p)  # even where lse is NaN
     b_weights = b_p
     if flags.dropout:
-        b_factor = dropout_factor(rows, k_begin, i_b, problem, N, KEYS_FIRST)
+        b_factor = dropout_factor(rows, k_begin, problem, N, KEYS_FIRST)
         b_weights = b_p * b_factor
         b_dp = tl.where(b_factor == 0.0, 0.0, b_factor * b_dp)
     b_ds = b_p * (b_dp - by_row(b_delta, KEYS_FIRST))
@@ -67,22 +78,26 @@ def differentiate(
 
 @triton.jit
 def visit_rows(
-    j, sums, b_k, b_v, query, grad_out, lse, delta, k_begin, i_b, i_kv, i_pass, problem,
+    j, sums, b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem,
     flags: tl.constexpr, dims: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HIDES: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed query rows, for the keys that a program owns."""
     b_dk, b_dv = sums
-    o_r = j * M + tl.arange(0, M)
-    m_r = o_r < problem.q_len * problem.group
-    rows = describe(o_r, i_b, i_kv, problem)
-    b_q = load_tile(rows_of(query, i_b, rows.o_h, rows.o_q), m_r, dims.head, dims.head_block, HIDES)  # [M, D]
-    b_do = load_tile(rows_of(grad_out, i_b, rows.o_h, rows.o_q), m_r, dims.value, dims.value_block, HIDES)  # [M, Dv]
-    ends = row_ends(o_r, rows, lse, delta, i_b, problem)
+    rows = describe(j * M + tl.arange(0, M), place, problem, flags)
+    # A member may have fewer rows than the others.
+    RAGGED: tl.constexpr = HIDES or flags.members
+    p_q, p_do = (
+        rows_of(query, rows.o_b, rows.o_h, rows.o_row),
+        rows_of(grad_out, rows.o_b, rows.o_h, rows.o_row),
+    )
+    b_q = load_tile(p_q, rows.m_r, dims.head, dims.head_block, RAGGED)  # [M, D]
+    b_do = load_tile(p_do, rows.m_r, dims.value, dims.value_block, RAGGED)  # [M, Dv]
+    ends = row_ends(rows, lse, delta)
     # S^T = K Q^T, dP^T = V dO^T
     b_s = multiply_rows(b_k, b_q, flags.precision)  # [N, M]
     b_dp = multiply_rows(b_v, b_do, flags.precision)  # [N, M]
-    b_p, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, i_b, problem, flags, N, HIDES, True, False)
+    b_p, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, place, problem, flags, N, HIDES, True, False)
     # dV += P^T dO, dK += dS^T Q
     b_dv = multiply_columns(b_dv, b_p, b_do, i_pass, CAREFUL, flags.precision)
     b_dk = multiply_columns(b_dk, b_ds, b_q, i_pass, CAREFUL, flags.precision)
@@ -91,28 +106,50 @@ def visit_rows(
 
 @triton.jit
 def sweep_rows(
-    b_k, b_v, query, grad_out, lse, delta, k_begin, i_b, i_kv, i_pass, problem,
+    b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem,
     flags: tl.constexpr, dims: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """All row tiles that see the keys."""
-    first, last, full_first, full_last = column_schedule(k_begin, problem, M, N)
+    tiles = column_schedule(k_begin, place, problem, flags, M, N)
     b_dk = tl.zeros([N, dims.head_block], tl.float32)
     b_dv = tl.zeros([N, dims.value_block], tl.float32)
-    begin = full_last - full_first
-    if CAREFUL or flags.bias != "none":
-        begin *= 0  # every tile may hide something
+    EVERY_TILE_HIDES: tl.constexpr = CAREFUL or flags.bias != "none"
+    if flags.blocks:
+        for i_chunk in tl.range(tiles.first // WALK, tl.cdiv(tiles.last, WALK), num_stages=1):
+            whole, whole_count, cut, cut_count = column_chunk(
+                i_chunk, tiles, k_begin, place, problem, flags, M, N, not EVERY_TILE_HIDES
+            )
+            if not EVERY_TILE_HIDES:
+                for _ in range(0, whole_count):
+                    j = i_chunk * WALK + lowest_bit(whole)
+                    whole &= whole - 1
+                    b_dk, b_dv = visit_rows(
+                        j, (b_dk, b_dv), b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem,
+                        flags, dims, M, N, False, False,
+                    )  # fmt: skip
+            for _ in tl.range(0, cut_count, num_stages=1 if CAREFUL else None):
+                j = i_chunk * WALK + lowest_bit(cut)
+                cut &= cut - 1
+                b_dk, b_dv = visit_rows(
+                    j, (b_dk, b_dv), b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem,
+                    flags, dims, M, N, True, CAREFUL,
+                )  # fmt: skip
     else:
-        for j in range(full_first, full_last):
+        begin = tiles.full_last - tiles.full_first
+        if EVERY_TILE_HIDES:
+            begin *= 0
+        else:
+            for j in range(tiles.full_first, tiles.full_last):
+                b_dk, b_dv = visit_rows(
+                    j, (b_dk, b_dv), b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem,
+                    flags, dims, M, N, False, False,
+                )  # fmt: skip
+        for i in tl.range(begin, tiles.last - tiles.first, num_stages=1 if CAREFUL else None):
+            j = visited_tile(i, tiles, flags)
             b_dk, b_dv = visit_rows(
-                j, (b_dk, b_dv), b_k, b_v, query, grad_out, lse, delta, k_begin, i_b, i_kv, i_pass, problem,
-                flags, dims, M, N, False, False,
+                j, (b_dk, b_dv), b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem,
+                flags, dims, M, N, True, CAREFUL,
             )  # fmt: skip
-    for i in tl.range(begin, last - first, num_stages=1 if CAREFUL else None):
-        j = visited_tile(i, first, full_first, full_last)
-        b_dk, b_dv = visit_rows(
-            j, (b_dk, b_dv), b_k, b_v, query, grad_out, lse, delta, k_begin, i_b, i_kv, i_pass, problem,
-            flags, dims, M, N, True, CAREFUL,
-        )  # fmt: skip
     return b_dk, b_dv
 
 
@@ -120,112 +157,154 @@ def sweep_rows(
 def grad_key_value_kernel(
     query, key, value, grad_out, lse, delta, grad_key, grad_value, tiles,
     kv_heads, group, q_len, k_len, low, high, shift, scale, softcap, bias, slopes, slopes_batch, kept, threshold,
-    key0, key1,
+    key0, key1, first_keys, tables, batch, groups, q_rows, k_rows, bitmaps, page, page_width, pages,
     flags: tl.constexpr, dims: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     problem = Problem(
         kv_heads, group, q_len, k_len, low, high, shift, scale, softcap, bias, slopes, slopes_batch, kept, threshold,
-        key0, key1,
+        key0, key1, first_keys, tables, batch, groups, q_rows, k_rows, bitmaps, page, page_width, pages,
     )  # fmt: skip
     i_place = tl.program_id(0) // tiles
     k_begin = tl.program_id(0) % tiles * N
-    i_b, i_kv = i_place // kv_heads, i_place % kv_heads
+    place = place_of(i_place // kv_heads, i_place % kv_heads, problem, flags)
     o_k = k_begin + tl.arange(0, N)
-    m_k = o_k < k_len
+    m_k = o_k < place.k_len
+    if flags.sequences:
+        o_k += place.k_begin
+    i_b, i_kv = place.i_b, place.i_kv
     b_k = load_tile(rows_of(key, i_b, i_kv, o_k), m_k, dims.head, dims.head_block, True)  # [N, D]
     b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value, dims.value_block, True)  # [N, Dv]
     p_dk, p_dv = rows_of(grad_key, i_b, i_kv, o_k), rows_of(grad_value, i_b, i_kv, o_k)
 
     b_dk, b_dv = sweep_rows(
-        b_k, b_v, query, grad_out, lse, delta, k_begin, i_b, i_kv, PLAIN, problem, flags, dims, M, N, False
+        b_k, b_v, query, grad_out, lse, delta, k_begin, place, PLAIN, problem, flags, dims, M, N, False
     )
-    store_sums(p_dk, m_k, b_dk, scale, PLAIN, dims.head, dims.head_block)
-    store_sums(p_dv, m_k, b_dv, 1.0, PLAIN, dims.value, dims.value_block)
+    store_sums(p_dk, m_k, b_dk, scale, PLAIN, dims.head, dims.head_block, False)
+    store_sums(p_dv, m_k, b_dv, 1.0, PLAIN, dims.value, dims.value_block, False)
     for i_pass in range(FINITE, tl.where(has_nonfinite(b_dk) | has_nonfinite(b_dv), NEGATIVE_DOWN + 1, FINITE)):
         b_dk, b_dv = sweep_rows(
-            b_k, b_v, query, grad_out, lse, delta, k_begin, i_b, i_kv, i_pass, problem, flags, dims, M, N, True
+            b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem, flags, dims, M, N, True
         )
-        store_sums(p_dk, m_k, b_dk, scale, i_pass, dims.head, dims.head_block)
-        store_sums(p_dv, m_k, b_dv, 1.0, i_pass, dims.value, dims.value_block)
+        store_sums(p_dk, m_k, b_dk, scale, i_pass, dims.head, dims.head_block, False)
+        store_sums(p_dv, m_k, b_dv, 1.0, i_pass, dims.value, dims.value_block, False)
 
 
 @triton.jit
 def visit_keys(
-    j, b_dq, b_q, b_do, rows, ends, keys, key, value, i_b, i_pass, problem,
+    j, b_dq, b_q, b_do, rows, ends, keys, key, value, place, i_pass, problem,
     flags: tl.constexpr, dims: tl.constexpr, N: tl.constexpr, HIDES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One key tile, for the packed query rows that a program owns."""
     p_k, p_v = keys
     k_begin = j * N
-    m_k = k_begin + tl.arange(0, N) < problem.k_len
-    b_k = load_tile(p_k + k_begin.to(tl.int64) * key.row, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
-    b_v = load_tile(p_v + k_begin.to(tl.int64) * value.row, m_k, dims.value, dims.value_block, HIDES)  # [N, Dv]
+    m_k = k_begin + tl.arange(0, N) < place.k_len
+    p_some = keys_of(key, p_k, k_begin, m_k, place, problem, flags, N)
+    b_k = load_tile(p_some, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
+    p_some = keys_of(value, p_v, k_begin, m_k, place, problem, flags, N)
+    b_v = load_tile(p_some, m_k, dims.value, dims.value_block, HIDES)  # [N, Dv]
     # S = Q K^T, dP = dO V^T
     b_s = multiply_rows(b_q, b_k, flags.precision)  # [M, N]
     b_dp = multiply_rows(b_do, b_v, flags.precision)  # [M, N]
-    _, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, i_b, problem, flags, N, HIDES, False, False)
+    _, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, place, problem, flags, N, HIDES, False, False)
     # dQ += dS K
     return multiply_columns(b_dq, b_ds, b_k, i_pass, CAREFUL, flags.precision)
 
 
 @triton.jit
 def sweep_keys(
-    b_q, b_do, rows, ends, tiles, key, value, i_b, i_kv, i_pass, problem,
+    b_q, b_do, rows, queries, ends, tiles, key, value, place, i_pass, problem,
     flags: tl.constexpr, dims: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """All key tiles that the rows see."""
-    first, last, full_first, full_last = tiles
     o_n = tl.arange(0, N)
-    keys = (rows_of(key, i_b, i_kv, o_n), rows_of(value, i_b, i_kv, o_n))  # of tile 0
+    if flags.sequences:
+        o_n += place.k_begin
+    keys = (rows_of(key, place.i_b, place.i_kv, o_n), rows_of(value, place.i_b, place.i_kv, o_n))  # of tile 0
     b_dq = tl.zeros([M, dims.head_block], tl.float32)
-    begin = full_last - full_first
-    if CAREFUL or flags.bias != "none":
-        begin *= 0  # every tile may hide something
-    else:
-        for j in range(full_first, full_last):
-            b_dq = visit_keys(
-                j, b_dq, b_q, b_do, rows, ends, keys, key, value, i_b, i_pass, problem, flags, dims, N, False, False
+    EVERY_TILE_HIDES: tl.constexpr = CAREFUL or flags.bias != "none"
+    if flags.blocks:
+        q_first, q_last = queries
+        first = tiles.first
+        if flags.first_keys:
+            first = tl.where(tiles.lead_first < tiles.lead_last, tiles.lead_first, first)
+        for i_chunk in tl.range(first // WALK, tl.cdiv(tiles.last, WALK), num_stages=1):
+            whole, whole_count, cut, cut_count = row_chunk(
+                i_chunk, tiles, q_first, q_last, place, problem, flags, N, not EVERY_TILE_HIDES
             )
-    for i in tl.range(begin, last - first, num_stages=1 if CAREFUL else None):
-        j = visited_tile(i, first, full_first, full_last)
-        b_dq = visit_keys(
-            j, b_dq, b_q, b_do, rows, ends, keys, key, value, i_b, i_pass, problem, flags, dims, N, True, CAREFUL
-        )
+            if not EVERY_TILE_HIDES:
+                for _ in range(0, whole_count):
+                    j = i_chunk * WALK + lowest_bit(whole)
+                    whole &= whole - 1
+                    b_dq = visit_keys(
+                        j, b_dq, b_q, b_do, rows, ends, keys, key, value, place, i_pass, problem,
+                        flags, dims, N, False, False,
+                    )  # fmt: skip
+            for _ in tl.range(0, cut_count, num_stages=1 if CAREFUL else None):
+                j = i_chunk * WALK + lowest_bit(cut)
+                cut &= cut - 1
+                b_dq = visit_keys(
+                    j, b_dq, b_q, b_do, rows, ends, keys, key, value, place, i_pass, problem,
+                    flags, dims, N, True, CAREFUL,
+                )  # fmt: skip
+    else:
+        begin = tiles.full_last - tiles.full_first
+        if EVERY_TILE_HIDES:
+            begin *= 0
+        else:
+            for j in range(tiles.full_first, tiles.full_last):
+                b_dq = visit_keys(
+                    j, b_dq, b_q, b_do, rows, ends, keys, key, value, place, i_pass, problem,
+                    flags, dims, N, False, False,
+                )  # fmt: skip
+        for i in tl.range(begin, tile_count(tiles, flags), num_stages=1 if CAREFUL else None):
+            j = visited_tile(i, tiles, flags)
+            b_dq = visit_keys(
+                j, b_dq, b_q, b_do, rows, ends, keys, key, value, place, i_pass, problem,
+                flags, dims, N, True, CAREFUL,
+            )  # fmt: skip
     return b_dq
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "tiles"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "row_tiles"])
 def grad_query_kernel(
-    query, key, value, grad_out, lse, delta, grad_query, tiles,
+    query, key, value, grad_out, lse, delta, grad_query, row_tiles,
     kv_heads, group, q_len, k_len, low, high, shift, scale, softcap, bias, slopes, slopes_batch, kept, threshold,
-    key0, key1,
+    key0, key1, first_keys, tables, batch, groups, q_rows, k_rows, bitmaps, page, page_width, pages,
     flags: tl.constexpr, dims: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     problem = Problem(
         kv_heads, group, q_len, k_len, low, high, shift, scale, softcap, bias, slopes, slopes_batch, kept, threshold,
-        key0, key1,
+        key0, key1, first_keys, tables, batch, groups, q_rows, k_rows, bitmaps, page, page_width, pages,
     )  # fmt: skip
-    i_place = tl.program_id(0) // tiles
-    # Last row tiles first: under a causal mask they are the longest.
-    i_tile = tiles - 1 - tl.program_id(0) % tiles
-    i_b, i_kv = i_place // kv_heads, i_place % kv_heads
-    o_r = i_tile * M + tl.arange(0, M)
-    m_r = o_r < q_len * group
-    rows = describe(o_r, i_b, i_kv, problem)
-    ends = row_ends(o_r, rows, lse, delta, i_b, problem)
-    q_last = (tl.minimum(i_tile * M + M, q_len * group) - 1) // group
-    key_tiles = row_schedule(i_tile * M // group, q_last, problem, N)
-    b_q = load_tile(rows_of(query, i_b, rows.o_h, rows.o_q), m_r, dims.head, dims.head_block, True)  # [M, D]
-    b_do = load_tile(rows_of(grad_out, i_b, rows.o_h, rows.o_q), m_r, dims.value, dims.value_block, True)  # [M, Dv]
-    p_dq = rows_of(grad_query, i_b, rows.o_h, rows.o_q)
+    place, r_first = place_of_rows(tl.program_id(0), row_tiles, problem, flags, M)
+    rows = describe(r_first + tl.arange(0, M), place, problem, flags)
+    m_r = rows.m_r
+    ends = row_ends(rows, lse, delta)
+    q_first = query_of(r_first, place, problem, flags)
+    q_last = query_of(tl.minimum(r_first + M, row_count(place, problem, flags)) - 1, place, problem, flags)
+    queries = (q_first, q_last)
+    tiles = row_schedule(q_first, q_last, place, flags, N)
+    p_q, p_do = (
+        rows_of(query, rows.o_b, rows.o_h, rows.o_row),
+        rows_of(grad_out, rows.o_b, rows.o_h, rows.o_row),
+    )
+    b_q = load_tile(p_q, m_r, dims.head, dims.head_block, True)  # [M, D]
+    b_do = load_tile(p_do, m_r, dims.value, dims.value_block, True)  # [M, Dv]
+    p_dq = rows_of(grad_query, rows.o_b, rows.o_h, rows.o_row)
 
-    b_dq = sweep_keys(b_q, b_do, rows, ends, key_tiles, key, value, i_b, i_kv, PLAIN, problem, flags, dims, M, N, False)
-    store_sums(p_dq, m_r, b_dq, scale, PLAIN, dims.head, dims.head_block)
-    for i_pass in range(FINITE, tl.where(has_nonfinite(b_dq), NEGATIVE_DOWN + 1, FINITE)):
+    b_dq = sweep_keys(
+        b_q, b_do, rows, queries, ends, tiles, key, value, place, PLAIN, problem, flags, dims, M, N, False
+    )
+    again = has_nonfinite(b_dq)
+    m_now = m_r
+    if flags.adds:  # what is added to must be added to once
+        m_now = tl.where(again, False, m_r)
+    store_sums(p_dq, m_now, b_dq, scale, PLAIN, dims.head, dims.head_block, flags.adds)
+    for i_pass in range(FINITE, tl.where(again, NEGATIVE_DOWN + 1, FINITE)):
         b_dq = sweep_keys(
-            b_q, b_do, rows, ends, key_tiles, key, value, i_b, i_kv, i_pass, problem, flags, dims, M, N, True
+            b_q, b_do, rows, queries, ends, tiles, key, value, place, i_pass, problem, flags, dims, M, N, True
         )
-        store_sums(p_dq, m_r, b_dq, scale, i_pass, dims.head, dims.head_block)
+        store_sums(p_dq, m_r, b_dq, scale, i_pass, dims.head, dims.head_block, flags.adds)
 
 
 @triton.jit
@@ -238,17 +317,17 @@ def owned(i, step, SUMS: tl.constexpr, full):
     return begin, end
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "batch", "row_tiles", "key_tiles"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "row_tiles", "key_tiles"])
 def grad_bias_kernel(
-    query, key, value, grad_out, lse, delta, grad_bias, batch, row_tiles, key_tiles,
+    query, key, value, grad_out, lse, delta, grad_bias, row_tiles, key_tiles,
     kv_heads, group, q_len, k_len, low, high, shift, scale, softcap, bias, slopes, slopes_batch, kept, threshold,
-    key0, key1,
+    key0, key1, first_keys, tables, batch, groups, q_rows, k_rows, bitmaps, page, page_width, pages,
     flags: tl.constexpr, dims: tl.constexpr, sums: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Heads are not packed here: rows are queries. sums: which of the four dimensions the bias broadcasts over."""
     problem = Problem(
         kv_heads, group, q_len, k_len, low, high, shift, scale, softcap, bias, slopes, slopes_batch, kept, threshold,
-        key0, key1,
+        key0, key1, first_keys, tables, batch, groups, q_rows, k_rows, bitmaps, page, page_width, pages,
     )  # fmt: skip
     heads = kv_heads * group
     own_heads = 1 if sums.heads else heads
@@ -261,13 +340,17 @@ def grad_bias_kernel(
     b_total = tl.zeros([M, N], tl.float32)
     for i_bh in range(0, (b_end - b_begin) * (h_end - h_begin)):
         i_b, i_h = b_begin + i_bh // (h_end - h_begin), h_begin + i_bh % (h_end - h_begin)
+        i_kv = i_h // group
+        place = place_of(i_b, i_kv, problem, flags)
         for q in range(q_begin, q_end, M):
             for k in range(k_begin, k_end, N):
                 q_last = tl.minimum(q + M, q_len) - 1
-                if (k < hi(q_last, problem)) & (k + N > lo(q, problem)):
+                begin = lo(q, place.early, k_len, flags)
+                if flags.first_keys:
+                    begin = tl.where(k < place.early.first, 0, begin)
+                if (k < hi(q_last, place.early, k_len)) & (k + N > begin):
                     o_q, o_k = q + tl.arange(0, M), k + tl.arange(0, N)
                     m_q, m_k = o_q < q_len, o_k < k_len
-                    i_kv = i_h // group
                     b_q = load_tile(rows_of(query, i_b, i_h, o_q), m_q, dims.head, dims.head_block, True)  # [M, D]
                     b_k = load_tile(rows_of(key, i_b, i_kv, o_k), m_k, dims.head, dims.head_block, True)  # [N, D]
                     b_s = multiply_rows(b_q, b_k, flags.precision)  # [M, N]
@@ -275,9 +358,9 @@ def grad_bias_kernel(
                     b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value, dims.value_block, True)
                     b_dp = multiply_rows(b_do, b_v, flags.precision)  # [M, N]
                     o_r = tl.where(m_q, o_q * group + i_h % group, q_len * group)
-                    rows = describe(o_r, i_b, i_kv, problem)
-                    ends = row_ends(o_r, rows, lse, delta, i_b, problem)
-                    _, b_ds = differentiate(b_s, b_dp, rows, ends, k, i_b, problem, flags, N, True, False, True)
+                    rows = describe(o_r, place, problem, flags)
+                    ends = row_ends(rows, lse, delta)
+                    _, b_ds = differentiate(b_s, b_dp, rows, ends, k, place, problem, flags, N, True, False, True)
                     b_total += b_ds
     # Into the contiguous gradient, summed over rows and keys where the bias broadcasts over them.
     o_row, o_key = tl.arange(0, M), tl.arange(0, N)

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..masks import IntervalMask
-from ..problem import Gradients, Inputs, Problem
+from ..problem import Carry, Gradients, Inputs, Problem
 from . import backward as backward_kernels
-from .forward import forward_kernel
-from .logits import Bias, Flags
+from . import forward as forward_kernels
+from .problem import FAR, UNBOUNDED_HIGH, UNBOUNDED_LOW, Bias, Flags, Tables
 from .tile import View
-from .tuning import Sweeps, Tiles, tiles
+from .tuning import MEMBER_SPLIT_KEYS, ROWS_TO_SPLIT, SPLIT_KEYS, Sweeps, Tiles, few_rows, tiles
 
-# Distances past this are no longer told apart; positions stay within 32 bits.
-_FAR = 2**30
+_FAR = FAR.value
+_LOW, _HIGH = UNBOUNDED_LOW.value, UNBOUNDED_HIGH.value
+_LARGEST_GRID_Y = 65535
 
 
 class Dims(NamedTuple):
@@ -37,16 +37,44 @@ class Sums(NamedTuple):
     keys: bool
 
 
-def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, tf32: bool) -> None:
+def forward(
+    problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, carry: Carry | None, tf32: bool
+) -> None:
     """As dispatch.Backend's. tf32: float32 products may be single TF32 ones."""
-    flags, dims = _flags(problem, tf32), _dims(problem)
-    tile = _tiles(inputs.query, flags, dims).forward
-    row_tiles = triton.cdiv(problem.q_len * _group(problem), tile.rows)
+    _check(problem)
+    parts = splits(problem)
+    flags, dims = _flags(problem, inputs, tf32), _dims(problem)
+    flags = flags._replace(split=parts > 1)
+    state = forward_kernels.Carry(None, None, None)
+    if carry is not None:
+        state = forward_kernels.Carry(carry.max, carry.sum, carry.acc)
+        # States are in natural units.
+        flags = flags._replace(carried=True, suspends=carry.suspend, general=True)
+    elif problem.unified_max is not None:
+        flags = flags._replace(unified=True)
+    tile = _tiles(inputs.query, flags.general or flags.dropout, dims).forward
+    if problem.groups is None:
+        tile = few_rows(tile, problem.q_len * _group(problem))
+    row_tiles = _row_tiles(problem, tile)
+    partial, numbered = forward_kernels.Partial(None, None), lse.numel()
+    if parts > 1:
+        workspace = torch.empty(parts * numbered * (problem.value_dim + 1), dtype=torch.float32, device=out.device)
+        partial = forward_kernels.Partial(*workspace.split_with_sizes(
+            [parts * numbered * problem.value_dim, parts * numbered]
+        ))
+    to = _queries(problem, out)
+    described = _described(problem, inputs)
     run(
-        forward_kernel, row_tiles * problem.batch * problem.kv_heads, tile,
-        _view(inputs.query), _view(inputs.key), _view(inputs.value), _view(out), lse, inputs.sinks, row_tiles,
-        *_described(problem, inputs), flags, dims, tile.rows, tile.keys,
+        forward_kernels.forward_kernel, (_row_programs(problem, row_tiles), parts), tile,
+        _queries(problem, inputs.query), _keys(problem, inputs.key), _keys(problem, inputs.value), to, lse, state,
+        partial, numbered, inputs.sinks, problem.unified_max or 0.0, row_tiles, _split_keys(problem) // tile.keys,
+        *described, flags, dims, tile.rows, tile.keys,
     )  # fmt: skip
+    if parts > 1:
+        run(
+            forward_kernels.combine_kernel, (_row_programs(problem, row_tiles), 1), tile,
+            to, lse, state, partial, numbered, row_tiles, parts, *described, flags, dims, tile.rows,
+        )  # fmt: skip
 
 
 def backward(
@@ -61,49 +89,96 @@ def backward(
     tf32: bool,
 ) -> None:
     """As dispatch.Backend's, all but sinks' gradient; writes delta (B, Hq, Lq) too."""
-    flags, dims = _flags(problem, tf32), _dims(problem)
-    sweeps = _tiles(inputs.query, flags, dims)
+    _check(problem)
+    flags, dims = _flags(problem, inputs, tf32), _dims(problem)
+    flags = flags._replace(adds=gradients.adds_query)
+    # The elements of a block mask are registers there.
+    sweeps = _tiles(inputs.query, flags.general or flags.dropout or flags.blocks, dims)
     tile = sweeps.grad_query
-    heads, places = problem.batch * problem.q_heads, problem.batch * problem.kv_heads
-    count = triton.cdiv(problem.q_len, tile.rows)
+    entries, _, q_rows, _ = inputs.query.shape
+    count = triton.cdiv(q_rows, tile.rows)
     run(
-        backward_kernels.delta_kernel, heads * count, tile, _view(out), _view(grad_out), grad_lse, delta,
-        problem.q_heads, problem.q_len, count, grad_lse is not None, dims, tile.rows,
+        backward_kernels.delta_kernel, (entries * problem.q_heads * count, 1), tile, _view(out), _view(grad_out),
+        grad_lse, delta, problem.q_heads, q_rows, count, grad_lse is not None, dims, tile.rows,
     )  # fmt: skip
-    tensors = (*(_view(t) for t in (inputs.query, inputs.key, inputs.value, grad_out)), lse, delta)
+    tensors = (
+        _queries(problem, inputs.query), _keys(problem, inputs.key), _keys(problem, inputs.value),
+        _queries(problem, grad_out), lse, delta,
+    )  # fmt: skip
     described = _described(problem, inputs)
 
     tile = sweeps.grad_key_value
     count = triton.cdiv(problem.k_len, tile.keys)
+    groups = problem.batch if problem.groups is None else problem.groups
     run(
-        backward_kernels.grad_key_value_kernel, count * places, tile, *tensors, _view(gradients.key),
-        _view(gradients.value), count, *described, flags, dims, tile.rows, tile.keys,
+        backward_kernels.grad_key_value_kernel, (count * groups * problem.kv_heads, 1), tile, *tensors,
+        _keys(problem, gradients.key), _keys(problem, gradients.value), count,
+        *described, flags, dims, tile.rows, tile.keys,
     )  # fmt: skip
 
     tile = sweeps.grad_query
-    count = triton.cdiv(problem.q_len * _group(problem), tile.rows)
+    count = _row_tiles(problem, tile)
     run(
-        backward_kernels.grad_query_kernel, count * places, tile, *tensors, _view(gradients.query), count,
-        *described, flags, dims, tile.rows, tile.keys,
+        backward_kernels.grad_query_kernel, (_row_programs(problem, count), 1), tile, *tensors,
+        _queries(problem, gradients.query), count, *described, flags, dims, tile.rows, tile.keys,
     )  # fmt: skip
 
     if gradients.bias is not None:
         tile = sweeps.grad_bias
         size = (1,) * (4 - gradients.bias.dim()) + tuple(gradients.bias.shape)
-        full = (problem.batch, problem.q_heads, problem.q_len, problem.k_len)
         sums = Sums(*(one == 1 for one in size))
         rows = 1 if sums.rows else triton.cdiv(size[2], tile.rows)
         keys = 1 if sums.keys else triton.cdiv(size[3], tile.keys)
         run(
-            backward_kernels.grad_bias_kernel, size[0] * size[1] * rows * keys, tile, *tensors, gradients.bias, full[0],
+            backward_kernels.grad_bias_kernel, (size[0] * size[1] * rows * keys, 1), tile, *tensors, gradients.bias,
             rows, keys, *described, flags, dims, sums, tile.rows, tile.keys,
         )  # fmt: skip
 
 
-def run(kernel: Any, programs: int, tile: Tiles, *arguments: Any) -> None:
+def run(kernel: Any, grid: tuple[int, int], tile: Tiles, *arguments: Any) -> None:
     """Starts the kernel, if there is anything to do."""
-    if programs:
-        kernel[(programs,)](*arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    if grid[0]:
+        kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def splits(problem: Problem) -> int:
+    """The parts that a call's keys are cut into, at multiples of SPLIT_KEYS counted from key 0: a function of its lengths
+    alone, so that a sequence's result does not depend on what it is batched with; nor on how much longer than its keys
+    their tensor is, since what fits one part is the same bits, cut or not."""
+    if problem.q_len == 0 or problem.q_len * _group(problem) > ROWS_TO_SPLIT:
+        return 1
+    keys = problem.k_len if problem.ragged else problem.mask.hi(problem.q_len - 1, problem.k_len)
+    return max(1, triton.cdiv(keys, _split_keys(problem)))
+
+
+def _split_keys(problem: Problem) -> int:
+    return SPLIT_KEYS if problem.groups is None else MEMBER_SPLIT_KEYS
+
+
+def _row_tiles(problem: Problem, tile: Tiles) -> int:
+    """Row tiles of a key head of a batch entry; of members, of all groups: see place.py's _first_tile."""
+    rows = problem.q_len * _group(problem)
+    if problem.groups is None:
+        return triton.cdiv(rows, tile.rows)
+    return problem.batch * rows // tile.rows + problem.groups
+
+
+def _row_programs(problem: Problem, row_tiles: int) -> int:
+    """Programs that own rows."""
+    if problem.batch == 0 or problem.q_len == 0:
+        return 0
+    return row_tiles * problem.kv_heads * (problem.batch if problem.groups is None else 1)
+
+
+def _check(problem: Problem) -> None:
+    """Refuses sizes whose indices the kernels' 32 bits do not hold."""
+    limit = 2**31 - 2**11
+    rows = problem.q_len * _group(problem) * (1 if problem.groups is None else problem.batch)
+    heads = problem.batch * problem.q_heads
+    if max(rows, problem.k_len + problem.q_len, heads, heads * (rows // 16 + 1), heads * (problem.k_len // 16 + 1)) >= limit:
+        raise ValueError(f"the Triton kernels take fewer than 2**31 rows and tiles, got {problem}")
+    if splits(problem) > _LARGEST_GRID_Y:
+        raise ValueError(f"the Triton kernels take at most {_LARGEST_GRID_Y} splits of their keys, got {problem}")
 
 
 def _group(problem: Problem) -> int:
@@ -115,13 +190,13 @@ def _dims(problem: Problem) -> Dims:
     return Dims(problem.head_dim, head, problem.value_dim, value)
 
 
-def _tiles(query: torch.Tensor, flags: Flags, dims: Dims) -> Sweeps:
+def _tiles(query: torch.Tensor, general: bool, dims: Dims) -> Sweeps:
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     block = max(dims.head_block, dims.value_block)
-    return tiles(capability, query.element_size(), block, flags.general or flags.dropout)
+    return tiles(capability, query.element_size(), block, general)
 
 
-def _flags(problem: Problem, tf32: bool) -> Flags:
+def _flags(problem: Problem, inputs: Inputs, tf32: bool) -> Flags:
     bias = "none" if problem.bias is None else "bool" if problem.bias == torch.bool else "add"
     softcap = problem.softcap != 0
     return Flags(
@@ -132,11 +207,31 @@ def _flags(problem: Problem, tf32: bool) -> Flags:
         dropout=problem.dropout_p > 0,
         general=bias != "none" or problem.alibi or softcap or problem.scale <= 0,
         precision="tf32" if tf32 else "tf32x3",
+        first_keys=problem.mask.first > 0,
+        **_block_flags(problem, inputs),
+        sequences=problem.ragged,
+        packed=problem.packed,
+        members=problem.groups is not None,
+        pages=problem.page is not None,
     )
 
 
+def _block_flags(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+    if problem.block is None or inputs.block_map is None:
+        return {}
+    batch, heads = inputs.block_map.shape[:2]
+    # Of a size of 1 it does not matter which it is.
+    return {
+        "blocks": True,
+        "block_q": problem.block[0],
+        "block_k": problem.block[1],
+        "block_batch": batch > 1,
+        "block_heads": heads > 1,
+    }
+
+
 def _described(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
-    """The kernels' common arguments, in the order of logits.Problem."""
+    """The kernels' common arguments, in the order of problem.Problem."""
     q_len, k_len, shift = problem.q_len, problem.k_len, problem.mask.shift
     bias = Bias(None, 0, 0, 0, 0)
     if inputs.bias is not None:
@@ -145,12 +240,16 @@ def _described(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
     slopes = inputs.alibi_slopes
     threshold = min(int(problem.dropout_p * 2**32 + 0.5), 2**32 - 1)
     seed = 0 if inputs.seed is None else int(inputs.seed)
+    tables = Tables(
+        inputs.sequences, inputs.members, inputs.member_begin, inputs.page_table, inputs.block_map, inputs.block_bits
+    )
+    pages = inputs.page_table
     return (
         problem.kv_heads,
         _group(problem),
         q_len,
         k_len,
-        *_interval(problem.mask, q_len, k_len),
+        *_interval(problem),
         min(max(shift, -_FAR), _FAR),
         problem.scale,
         problem.softcap,
@@ -159,11 +258,25 @@ def _described(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
         problem.q_heads if slopes is not None and slopes.dim() == 2 else 0,
         1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0,
         *(_signed(word) for word in (threshold, seed, seed >> 32)),
+        min(problem.mask.first, _HIGH if problem.ragged else k_len),
+        tables,
+        problem.batch,
+        problem.groups or 0,
+        *(min(rows, _HIGH) for rows in (problem.q_rows, problem.k_rows)),
+        0 if inputs.block_bits is None else min(inputs.block_bits.shape[0], _HIGH),
+        problem.page or 1,
+        1 if pages is None else pages.shape[1],
+        inputs.key.shape[0],
     )
 
 
-def _interval(mask: IntervalMask, q_len: int, k_len: int) -> tuple[int, int]:
-    """low and high of the keys [q + low, q + high) that row q sees; clamped where no row can tell."""
+def _interval(problem: Problem) -> tuple[int, int]:
+    """low and high of the keys [q + low, q + high) that row q sees, clamped where no row can tell; of sequences without
+    their shifts."""
+    mask, q_len, k_len = problem.mask, problem.q_len, problem.k_len
+    if problem.ragged:
+        low = _LOW if mask.left is None else max(-mask.left, _LOW)
+        return low, _HIGH if mask.right is None else min(mask.right + 1, _HIGH)
     low = -q_len if mask.left is None else mask.shift - mask.left
     high = k_len if mask.right is None else mask.shift + mask.right + 1
     return min(max(low, -q_len), k_len), min(max(high, -q_len), k_len)
@@ -176,3 +289,13 @@ def _signed(word: int) -> int:
 
 def _view(tensor: torch.Tensor) -> View:
     return View(tensor, *tensor.stride()[:3])
+
+
+def _queries(problem: Problem, tensor: torch.Tensor) -> View:
+    """Packed sequences lie in one batch entry."""
+    return _view(tensor)._replace(**({"batch": 0} if problem.packed else {}))
+
+
+def _keys(problem: Problem, tensor: torch.Tensor) -> View:
+    alone = tensor.shape[0] == 1 and problem.page is None and problem.groups is None
+    return _view(tensor)._replace(**({"batch": 0} if alone else {}))

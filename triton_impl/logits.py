@@ -6,80 +6,15 @@ Tiles have their rows first, [M, N], or their keys, [N, M]: KEYS_FIRST.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .philox import words
+from .schedule import block_map_at, known
 from .tile import INF
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Arguments of every kernel whose values it is not compiled for: another length would be another kernel.
-UNSPECIALIZED = [
-    "kv_heads", "group", "q_len", "k_len", "low", "high", "shift", "slopes_batch", "threshold", "key0", "key1",
-]  # fmt: skip
-
-
-class Bias(NamedTuple):
-    """The bias; strides in elements, 0 where it broadcasts."""
-
-    data: Any
-    batch: Any
-    head: Any
-    query: Any
-    key: Any
-
-
-class Flags(NamedTuple):
-    """What a problem has, known when a kernel is compiled."""
-
-    bias: str  # "none", "add" or "bool"
-    alibi: bool
-    softcap: bool
-    sinks: bool
-    dropout: bool
-    general: bool  # not plain
-    precision: str  # of float32 products
-
-
-class Problem(NamedTuple):
-    """What a problem has at run time. Row q sees the keys [q + low, q + high)."""
-
-    kv_heads: Any
-    group: Any  # query heads that read one key head
-    q_len: Any
-    k_len: Any
-    low: Any
-    high: Any
-    shift: Any
-    scale: Any
-    softcap: Any
-    bias: Any
-    slopes: Any  # ALiBi's
-    slopes_batch: Any  # their batch stride
-    kept: Any  # dropout's factor of what it keeps: words from threshold on
-    threshold: Any
-    key0: Any
-    key1: Any
-
-
-class Rows(NamedTuple):
-    """Query rows' part in their logits, [M] each."""
-
-    o_q: Any
-    o_h: Any
-
-
-@triton.jit
-def describe(o_r, i_b, i_kv, problem):
-    """The packed rows o_r: row r is query r // group of head r % group of the key head.
-
-    A row past the last is taken for the last: what it reads exists, what it gives nobody keeps.
-    """
-    o_r = tl.minimum(o_r, problem.q_len * problem.group - 1)
-    o_q = o_r // problem.group
-    return Rows(o_q, i_kv * problem.group + o_r % problem.group)
+_PIECE = tl.constexpr(16)  # keys; block sizes are multiples of it
 
 
 @triton.jit
@@ -119,7 +54,7 @@ def unit(problem, flags: tl.constexpr):
 
 @triton.jit
 def to_logits(
-    b_s, rows, k_begin, i_b, problem,
+    b_s, rows, k_begin, place, problem,
     flags: tl.constexpr, N: tl.constexpr, HIDES: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Logits of the scores of rows and keys [k_begin, k_begin + N), and, for softcap's slope, the capped scores.
@@ -135,11 +70,11 @@ def to_logits(
         b_capped = problem.softcap * tanh(b_s / problem.softcap)
         b_s = b_capped
     if flags.alibi:
-        b_slope = tl.load(problem.slopes + i_b * problem.slopes_batch + o_h)
-        b_s -= b_slope * tl.abs((o_q + problem.shift - o_k).to(tl.float32))
+        b_slope = tl.load(problem.slopes + by_row(rows.o_b * problem.slopes_batch + rows.o_h, KEYS_FIRST))
+        b_s -= b_slope * tl.abs((by_row(rows.o_diagonal, KEYS_FIRST) - o_k).to(tl.float32))
     if flags.bias != "none":
         bias = problem.bias
-        p_row = bias.data + i_b.to(tl.int64) * bias.batch + o_h.to(tl.int64) * bias.head + o_q.to(tl.int64) * bias.query
+        p_row = bias.data + place.i_b.to(tl.int64) * bias.batch + o_h.to(tl.int64) * bias.head + o_q.to(tl.int64) * bias.query
         p_bias = p_row + o_k.to(tl.int64) * bias.key
         b_bias = tl.load(p_bias, mask=(o_k < problem.k_len) & (o_q >= 0), other=0)
         if flags.bias == "bool":
@@ -148,15 +83,45 @@ def to_logits(
             b_bias = b_bias.to(tl.float32)
             b_s = tl.where(b_bias == -INF, -INF, b_s + b_bias)  # -inf hides NaN too
     if HIDES:
+        low, high, first = rows.limits.low, rows.limits.high, rows.limits.first
+        if flags.members:
+            low, high, first = by_row(low, KEYS_FIRST), by_row(high, KEYS_FIRST), by_row(first, KEYS_FIRST)
         o_d = o_k - o_q
-        b_s = tl.where((o_d >= problem.low) & (o_d < problem.high) & (o_k < problem.k_len), b_s, -INF)
+        m_seen = o_d >= low
+        if flags.first_keys:
+            m_seen |= o_k < first
+        m_seen = m_seen & (o_d < high) & (o_k < place.k_len)
+        if flags.blocks:
+            m_seen &= unhidden(rows, k_begin, problem, flags, N, KEYS_FIRST)
+        b_s = tl.where(m_seen, b_s, -INF)
     return b_s, b_capped
 
 
 @triton.jit
-def dropout_factor(rows, k_begin, i_b, problem, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def unhidden(rows, k_begin, problem, flags: tl.constexpr, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """What the block map shows the rows of the keys [k_begin, k_begin + N)."""
+    o_c = k_begin + _PIECE * tl.arange(0, N // _PIECE)[None, :]
+    o_q = rows.o_q[:, None]
+    p_map, q_blocks, k_blocks = block_map_at(rows.o_b, rows.o_h, problem, flags)
+    i_block = (o_q // flags.block_q).to(tl.int64) * k_blocks + o_c // flags.block_k
+    b_entry = tl.load(p_map[:, None] + i_block, mask=o_c // flags.block_k < k_blocks, other=0)  # [M, N / 16]
+    b_entry = known(b_entry, problem)
+    o_column = o_c % flags.block_k
+    o_row = (b_entry - 2).to(tl.int64) * flags.block_q + o_q % flags.block_q
+    p_bits = problem.tables.block_bits + (o_row * ((flags.block_k + 31) // 32) + o_column // 32)
+    b_bits = tl.load(p_bits, mask=b_entry >= 2, other=0) >> o_column % 32
+    b_bits = tl.where(b_entry == 1, -1, tl.where(b_entry == 0, 0, b_bits))
+    m_seen = (b_bits[:, :, None] >> tl.arange(0, _PIECE)[None, None, :]) & 1
+    m_seen = tl.reshape(m_seen != 0, (o_q.shape[0], N))
+    if KEYS_FIRST:
+        m_seen = tl.trans(m_seen)
+    return m_seen
+
+
+@triton.jit
+def dropout_factor(rows, k_begin, problem, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Dropout's factor of each weight: 0 or 1 / (1 - p)."""
-    o_h = i_b * problem.kv_heads * problem.group + rows.o_h
+    o_h = rows.o_b * problem.kv_heads * problem.group + rows.o_h
     b_words = words(o_h, rows.o_q, k_begin, problem.key0, problem.key1, N)
     b_factor = tl.where(b_words >= problem.threshold.to(tl.uint32, bitcast=True), problem.kept, 0.0)  # [M, N]
     if KEYS_FIRST:

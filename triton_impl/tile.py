@@ -41,6 +41,20 @@ def rows_of(view, i_b, o_h, o_q):
 
 
 @triton.jit
+def keys_of(view, p_rows, k_begin, m_k, place, problem, flags: tl.constexpr, N: tl.constexpr):
+    """Addresses of the keys [k_begin, k_begin + N), p_rows being those of tile 0; m_k: which there are."""
+    if flags.pages:
+        o_k = place.k_begin + k_begin + tl.arange(0, N)
+        i_page = tl.minimum(o_k // problem.page, problem.page_width - 1)
+        p_page = problem.tables.pages + (place.i_b.to(tl.int64) * problem.page_width + i_page)
+        o_page = tl.minimum(tl.maximum(tl.load(p_page, mask=m_k, other=0), 0), problem.pages - 1)
+        p_some = rows_of(view, o_page, place.i_kv, o_k % problem.page)
+    else:
+        p_some = p_rows + k_begin.to(tl.int64) * view.row
+    return p_some
+
+
+@triton.jit
 def tile_at(p_rows, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Addresses and mask of the tile of these rows."""
     o_d = tl.arange(0, BLOCK)
@@ -92,16 +106,27 @@ def multiply_columns(b_sums, b_weights, b_stream, i_pass, CAREFUL: tl.constexpr,
 
 
 @triton.jit
+def nonfinite_rows(b_sums):
+    return tl.max(tl.where(tl.abs(b_sums) < INF, 0, 1), 1) > 0
+
+
+@triton.jit
 def has_nonfinite(b_sums):
     return tl.max(tl.max(tl.where(tl.abs(b_sums) < INF, 0, 1), 1), 0) > 0
 
 
 @triton.jit
-def store_sums(p_rows, m_rows, b_sums, b_factor, i_pass, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes sums times factor; in a pass that counts, adds inf or -inf to what the count names."""
+def store_sums(
+    p_rows, m_rows, b_sums, b_factor, i_pass, DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr
+):
+    """Writes sums times factor, or, ADDS, adds them to what is there; in a pass that counts, adds inf or -inf to what
+    the count names."""
     p_tile, m_tile = tile_at(p_rows, m_rows, DIM, BLOCK)
     if i_pass <= FINITE:
-        tl.store(p_tile, (b_sums * b_factor).to(p_tile.dtype.element_ty), mask=m_tile)
+        b_sums = b_sums * b_factor
+        if ADDS:
+            b_sums += tl.load(p_tile, mask=m_tile, other=0.0)
+        tl.store(p_tile, b_sums.to(p_tile.dtype.element_ty), mask=m_tile)
     else:
         b_more = tl.where((i_pass == POSITIVE_UP) | (i_pass == NEGATIVE_DOWN), INF, -INF) * b_factor
         b_tile = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)

@@ -62,6 +62,21 @@ _BETTER = {
 _INTERPRETED = _sweeps((128, 64, 4, 1), (64, 128, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1))
 
 
+# Split-KV: a call with at most ROWS_TO_SPLIT packed rows of a sequence is cut at multiples of SPLIT_KEYS, counted from
+# key 0, whatever it is batched with. Members share their keys, so their rows are many, and so are the parts that are
+# written and read again. csrc/cuda's numbers: what is cut where shows in the bits.
+ROWS_TO_SPLIT = 64
+SPLIT_KEYS, MEMBER_SPLIT_KEYS = 1024, 4096
+
+
+def few_rows(tile: Tiles, rows: int) -> Tiles:
+    """The forward's tile where a sequence has no more rows than these."""
+    least = 16
+    while least < rows:
+        least *= 2
+    return tile if least >= tile.rows else tile._replace(rows=least, warps=min(tile.warps, 4))
+
+
 def tiles(capability: tuple[int, int] | None, element_bytes: int, block: int, general: bool) -> Sweeps:
     """The tiles for a GPU, None is the interpreter, and the larger of the padded head dims."""
     if capability is None:
