@@ -42,7 +42,7 @@ library.define(
 )
 
 
-def _levels(arguments: Sequence[Any]) -> list[tuple[Problem, Inputs]]:
+def described(arguments: Sequence[Any]) -> list[tuple[Problem, Inputs]]:
     """The problem of each level, checked."""
     (query, keys, values, sequences, members, begins, alibi, sinks, block_map, block_bits, left, right, first,
      block_q, block_k, scale, softcap, _) = arguments  # fmt: skip
@@ -81,7 +81,7 @@ def _outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    levels = _levels(arguments)
+    levels = described(arguments)
     backend = choose(levels, arguments[-1])
     query, value = arguments[0], arguments[2][-1]
     out, lse = _outputs(query, value)
@@ -106,10 +106,10 @@ def _empty_gradients(arguments: Sequence[Any], sinks_grad: bool) -> tuple[Any, .
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
-    described, (out, lse, grad_out, grad_lse, sinks_grad) = arguments[:_ARGUMENTS], arguments[_ARGUMENTS:]
-    levels = _levels(described)
-    backend = choose(levels, described[-1])
-    gradients = _empty_gradients(described, sinks_grad)
+    problem_arguments, (out, lse, grad_out, grad_lse, sinks_grad) = arguments[:_ARGUMENTS], arguments[_ARGUMENTS:]
+    levels = described(problem_arguments)
+    backend = choose(levels, problem_arguments[-1])
+    gradients = _empty_gradients(problem_arguments, sinks_grad)
     query, keys, values, sinks = gradients
     if lse.numel() == 0:
         return gradients
@@ -130,7 +130,7 @@ def _backward(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    _levels(arguments)
+    described(arguments)
     return _outputs(arguments[0], arguments[2][-1])
 
 

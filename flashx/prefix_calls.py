@@ -16,7 +16,7 @@ from . import ops
 from .attention import explain_problem, operator_arguments
 from .block_mask import BlockMask
 from .checks import check_tensor, on_host
-from .prefix_plan import SharedPrefixExplanation, SharedPrefixPlan, plan
+from .prefix_plan import SharedPrefixExplanation, SharedPrefixPlan, TreeExplanation, plan
 from .problem import check_qkv, shape
 from .varlen import sequence_table
 
@@ -177,7 +177,7 @@ class SharedPrefixCall:
     def explain(self) -> SharedPrefixExplanation:
         chosen, backend = self.plan(), self.options.backend
         if chosen.form == "levels":
-            problems = [problem for problem, _ in level_operator._levels(self.levels())]
+            problems = [problem for problem, _ in level_operator.described(self.levels())]
         else:
             length = self.prefix_key.shape[2] if chosen.form == "concatenated" else 0
             key, value = (_stand_in(tensor, length + tensor.shape[2]) for tensor in (self.key, self.value))
@@ -292,6 +292,13 @@ class TreeCall:
         lens, q_len = self.suffix_lens, self.query.shape[2]
         sequences = None if lens is None else last_rows(lens, q_len)
         return torch.ops.flashx.attention(*self.options.one_call(self.query, self.key, self.value, sequences))
+
+    def explain(self) -> TreeExplanation:
+        if self.levels:
+            problems = [problem for problem, _ in level_operator.described(self.arguments())]
+        else:
+            problems = [ops.describe(self.options.one_call(self.query, self.key, self.value, None))]
+        return TreeExplanation(tuple(explain_problem(problem, self.options.backend) for problem in problems))
 
     def arguments(self) -> tuple[Any, ...]:
         """Arguments of level_attention."""

@@ -75,6 +75,19 @@ class SharedPrefixExplanation(NamedTuple):
         return "\n".join([str(self.plan), *map(str, self.levels)])
 
 
+class TreeExplanation(NamedTuple):
+    """What ``tree_attention`` would run; print it.
+
+    Attributes:
+        levels: problem, backend and kernel of each launch, in order.
+    """
+
+    levels: tuple[Explanation, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.levels))
+
+
 def plan(
     batch: int,
     groups: int,

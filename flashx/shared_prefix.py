@@ -18,7 +18,7 @@ import torch
 from .attention import EXPLAINERS, AttentionResult
 from .block_mask import BlockMask
 from .prefix_calls import PrefixLevel, SharedPrefixCall, TreeCall, checked_options
-from .prefix_plan import SharedPrefixExplanation
+from .prefix_plan import SharedPrefixExplanation, TreeExplanation
 
 
 @overload
@@ -261,3 +261,30 @@ def tree_attention(
     )
     out, lse = TreeCall.checked(query, levels, key, value, suffix_lens, options).run()
     return AttentionResult(out, lse) if return_lse else out
+
+
+def _explain_tree(
+    query: torch.Tensor,
+    levels: Sequence[PrefixLevel],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    suffix_lens: torch.Tensor | None = None,
+    causal: bool = True,
+    window: Sequence[int | None] | None = None,
+    sink_tokens: int = 0,
+    block_mask: BlockMask | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> TreeExplanation:
+    options = checked_options(
+        query, key, value, causal, window, block_mask, alibi_slopes, softcap, sinks, scale, backend, sink_tokens
+    )
+    return TreeCall.checked(query, levels, key, value, suffix_lens, options).explain()
+
+
+EXPLAINERS[tree_attention] = _explain_tree

@@ -364,3 +364,14 @@ def test_nothing_waits_for_a_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(out.isfinite().all()) for out in outs)
+
+
+def test_explanation_of_a_tree() -> None:
+    root, own, query = torch.randn(1, 2, 9, 8), torch.randn(3, 2, 4, 8), torch.randn(3, 4, 1, 8)
+    level = PrefixLevel(root, root, torch.tensor([0, 0, -1]))
+    explanation = flashx.explain(flashx.tree_attention, query, [level], own, own, window=(5, 0))
+    assert [part.problem.groups for part in explanation.levels] == [1, None]
+    assert [part.backend for part in explanation.levels] == ["cpu", "cpu"]
+    assert str(explanation).count("runs on: cpu/") == 2
+    alone = flashx.explain(flashx.tree_attention, query, [], own, own)
+    assert len(alone.levels) == 1 and alone.levels[0].problem.k_len == 4

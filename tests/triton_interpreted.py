@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import prefixes
 import pytest
+import ragged
+import test_decode
+import test_shared_prefix
+import test_varlen
 import tolerance
 import torch
 from cases import CASES, Case
@@ -25,11 +34,13 @@ from test_poison import *  # noqa: F403
 from test_poison import MASKED, test_masked_keys
 
 import flashx
-from flashx import dispatch, philox
+from flashx import dispatch, philox, prefix_calls
 from flashx.backends import triton as backend
 from flashx.masks import IntervalMask
-from flashx.triton_impl import launch, logits, schedule
+from flashx.triton_impl import launch, schedule, tile
 from flashx.triton_impl.philox import words
+from flashx.triton_impl.place import Limits, Place
+from flashx.triton_impl.problem import Flags, Problem, Tables
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -99,44 +110,74 @@ def test_dropout_keeps_what_the_mask_keeps(dropout_p: float, engine: str) -> Non
     assert torch.equal(out != 0, kept & IntervalMask(right=0, shift=48 - 70).dense(70, 48))
 
 
+FLAGS = Flags("none", False, False, False, False, False, "ieee")
+
+
 @triton.jit
-def _schedule_kernel(problems, rows, columns, group, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Both schedules of a problem's tile, a problem an element."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    p = problems + o * 5
-    low, high, q_len, k_len, i = tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4)
-    none = o * 0
-    problem = logits.Problem(
-        none, group, q_len, k_len, low, high, none, none, none, none, none, none, none, none, none, none
+def _problem(group, q_len, k_len, first, tables, bitmaps):
+    """With what schedules look at."""
+    z = q_len * 0
+    return Problem(
+        z + 1, group, q_len, k_len, z, z, z, z, z, z, z, z, z, z, z, z, first, tables, z, z, z, z, bitmaps, z, z, z
     )
+
+
+@triton.jit
+def _place(i_b, q_len, k_len, low, high, first):
+    limits = Limits(low, high, first)
+    z = q_len * 0
+    return Place(i_b, z, z, q_len, z, k_len, z, z, limits, limits, z)
+
+
+@triton.jit
+def _schedule_kernel(
+    problems, rows, columns, parts, order, group,
+    flags: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both schedules of a problem's tile, a problem an element; of the rows' the part of the key tiles 1 and 2, and the
+    order of visits."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = problems + o * 6
+    low, high, first = tl.load(p), tl.load(p + 1), tl.load(p + 2)
+    q_len, k_len, i = tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
+    place, problem = _place(o, q_len, k_len, low, high, first), _problem(group, q_len, k_len, first, o, o)
     q_last = (tl.minimum(i * M + M, q_len * group) - 1) // group
-    first, last, full_first, full_last = schedule.row_schedule(i * M // group, q_last, problem, N)
-    tl.store(rows + o * 4, first)
-    tl.store(rows + o * 4 + 1, last)
-    tl.store(rows + o * 4 + 2, full_first)
-    tl.store(rows + o * 4 + 3, full_last)
-    first, last, full_first, full_last = schedule.column_schedule(i * N, problem, M, N)
-    tl.store(columns + o * 4, first)
-    tl.store(columns + o * 4 + 1, last)
-    tl.store(columns + o * 4 + 2, full_first)
-    tl.store(columns + o * 4 + 3, full_last)
+    tiles = schedule.row_schedule(i * M // group, q_last, place, flags, N)
+    part = schedule.within(tiles, o * 0 + 1, o * 0 + 3)
+    column = schedule.column_schedule(i * N, place, problem, flags, M, N)
+    for n in tl.static_range(6):
+        tl.store(rows + o * 6 + n, tiles[n])
+        tl.store(parts + o * 6 + n, part[n])
+        tl.store(columns + o * 6 + n, column[n])
+    for n in tl.static_range(4):
+        tl.store(
+            order + o * 4 + n,
+            tl.where(n < schedule.tile_count(tiles, flags), schedule.visited_tile(n, tiles, flags), -1),
+        )
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_schedules_are_the_mask(group: int, engine: str) -> None:
-    """All small sizes: from the first visible tile to the last, and full are those without a hidden weight."""
+@pytest.mark.parametrize("group, sink_tokens", [(1, False), (3, False), (1, True), (2, True)])
+def test_schedules_are_the_mask(group: int, sink_tokens: bool, engine: str) -> None:
+    """All small sizes: the visible tiles are visited and no others, and full are those without a hidden weight."""
     tile_rows, tile_keys = 4, 3
     sides = (None, 0, 1, 5, 2**62)
-    masks = [IntervalMask(*mask) for mask in itertools.product(sides, sides, (-7, -1, 0, 2, 9))]
-    sizes = list(itertools.product((1, 2, 7), (0, 1, 3, 8)))
+    firsts, shifts = ((1, 3, 7), (-7, 0, 9)) if sink_tokens else ((0,), (-7, -1, 0, 2, 9))
+    masks = [IntervalMask(*mask) for mask in itertools.product(sides, sides, shifts, firsts)]
+    sizes = list(itertools.product((1, 7) if sink_tokens else (1, 2, 7), (0, 1, 3, 8)))
     problems = [(m, q, k, i) for m in masks for q, k in sizes for i in range(8)]
-    numbers = [(*launch._interval(m, q, k), q, k, i) for m, q, k, i in problems]
+    numbers = [(*launch._interval(m, q, k), min(m.first, k), q, k, i) for m, q, k, i in problems]
     block = 512
-    numbers += [(0, 0, 1, 1, 0)] * (-len(numbers) % block)
+    numbers += [(0, 0, 0, 1, 1, 0)] * (-len(numbers) % block)
     table = torch.tensor(numbers, dtype=torch.int32)
-    rows, columns = torch.empty(2, len(numbers), 4, dtype=torch.int32)
-    _schedule_kernel[(len(numbers) // block,)](table, rows, columns, group, tile_rows, tile_keys, block)
-    for (mask, q_len, k_len, i), row, column in zip(problems, rows.tolist(), columns.tolist(), strict=False):
+    rows, columns, parts = torch.empty(3, len(numbers), 6, dtype=torch.int32)
+    order = torch.empty(len(numbers), 4, dtype=torch.int32)
+    flags = FLAGS._replace(first_keys=sink_tokens)
+    _schedule_kernel[(len(numbers) // block,)](
+        table, rows, columns, parts, order, group, flags, tile_rows, tile_keys, block
+    )
+    for (mask, q_len, k_len, i), row, column, part, visits in zip(
+        problems, rows.tolist(), columns.tolist(), parts.tolist(), order.tolist(), strict=False
+    ):
         dense = mask.dense(q_len, k_len).repeat_interleave(group, 0)
         row_tiles, key_tiles = -(-len(dense) // tile_rows), -(-k_len // tile_keys)
 
@@ -144,19 +185,262 @@ def test_schedules_are_the_mask(group: int, engine: str) -> None:
             tile = dense[r * tile_rows : (r + 1) * tile_rows, k * tile_keys : (k + 1) * tile_keys]
             return "full" if tile.numel() == tile_rows * tile_keys and tile.all() else "some" if tile.any() else "none"
 
-        for visited, kinds, ragged in (
+        for visited, kinds, partly in (
             (row, [kind(i, k) for k in range(key_tiles)] if i < row_tiles else None, (i + 1) * tile_rows > len(dense)),
             (column, [kind(r, i) for r in range(row_tiles)] if i < key_tiles else None, False),
         ):
             if kinds is None:
                 continue
-            first, last, full_first, full_last = visited
+            lead_first, lead_last, first, last, full_first, full_last = visited
             what = f"{mask} {q_len}x{k_len} tile {i}: {visited}, {kinds}"
-            assert 0 <= first <= full_first <= full_last <= last <= len(kinds), what
+            assert 0 == lead_first <= lead_last and 0 <= first <= full_first <= full_last <= last <= len(kinds), what
+            tiles = [*range(lead_last), *range(first, last)]
+            assert lead_last <= first or not lead_last, what
             seen = [j for j, one in enumerate(kinds) if one != "none"]
             # Rows that see nothing, beside ones that do, may widen a schedule; an empty one stays empty.
-            assert not seen or (first <= seen[0] and seen[-1] < last), what
+            assert set(seen) <= set(tiles), what
             full = [j for j, one in enumerate(kinds) if one == "full"]
-            assert ragged or list(range(full_first, full_last)) == full, what
-            if not ragged and seen:
-                assert (first, last) == (seen[0], seen[-1] + 1), what
+            # Of the first keys beyond the window none is full.
+            found = list(range(full_first, full_last))
+            assert partly or (found == full if not mask.first else set(found) <= set(full)), what
+            if not partly and seen:
+                assert seen == tiles, what
+            if visited is row:
+                assert [j for j in visits if j >= 0] == found + [j for j in tiles if j not in found], what
+                some = [*range(part[0], part[1]), *range(part[2], part[3])]
+                assert some == [j for j in tiles if 1 <= j < 3], f"{what} {part}"
+                assert list(range(part[4], part[5])) == [j for j in found if 1 <= j < 3], f"{what} {part}"
+
+
+@triton.jit
+def _walk_kernel(
+    tables, rows, columns, group, q_len, k_len, low, high, first, bitmaps,
+    flags: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    i_b, i = tl.program_id(0), tl.program_id(1)
+    place, problem = _place(i_b, q_len, k_len, low, high, first), _problem(group, q_len, k_len, first, tables, bitmaps)
+    q_first, q_last = i * M // group, (tl.minimum(i * M + M, q_len * group) - 1) // group
+    for i_chunk in range(CHUNKS):
+        at = ((i_b * tl.num_programs(1) + i) * CHUNKS + i_chunk) * 2
+        if i * M < q_len * group:
+            tiles = schedule.row_schedule(q_first, q_last, place, flags, N)
+            whole, _, cut, _ = schedule.row_chunk(i_chunk, tiles, q_first, q_last, place, problem, flags, N, True)
+            tl.store(rows + at, whole)
+            tl.store(rows + at + 1, cut)
+        if i * N < k_len:
+            tiles = schedule.column_schedule(i * N, place, problem, flags, M, N)
+            whole, _, cut, _ = schedule.column_chunk(i_chunk, tiles, i * N, place, problem, flags, M, N, True)
+            tl.store(columns + at, whole)
+            tl.store(columns + at + 1, cut)
+
+
+@pytest.mark.parametrize("block", [(64, 16), (16, 64), (48, 32), (16, 48)], ids=str)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_walks_are_the_block_map(heads: int, block: tuple[int, int], engine: str) -> None:
+    """Tiles without a visible block are not visited, those of full blocks as such; entries without a bitmap hide."""
+    q_len, k_len, group, tile_rows, tile_keys = 75, 600, 2, 32, 16
+    mask = IntervalMask(None, 9, k_len - q_len - 50)
+    generator = torch.Generator().manual_seed(block[0])
+    blocks = [-(-n // size) for n, size in zip((q_len, k_len), block, strict=True)]
+    entries = torch.randint(-3, 6, (2, heads, *blocks), generator=generator)
+    entries = torch.where(
+        torch.rand(2, 1, *blocks, generator=generator) < 0.6, torch.tensor([0, 1])[:, None, None, None], entries
+    )
+    block_map, bits = entries.int(), torch.zeros(2, block[0], 2, dtype=torch.int32)  # entries 4 and 5 have no bitmap
+    tables = Tables(None, None, None, None, block_map, bits)
+    count, chunks = max(-(-q_len * group // tile_rows), -(-k_len // tile_keys)), 2
+    rows, columns = torch.zeros(2, 2, count, chunks, 2, dtype=torch.int64)
+    flags = FLAGS._replace(blocks=True, block_q=block[0], block_k=block[1], block_batch=True, block_heads=heads > 1)
+    low, high = launch._interval(mask, q_len, k_len)
+    _walk_kernel[(2, count)](
+        tables, rows, columns, group, q_len, k_len, low, high, 0, len(bits), flags, tile_rows, tile_keys, chunks
+    )
+    known = torch.where((entries < 0) | (entries >= 2 + len(bits)), 0, entries)
+    dense = known.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[:, :, :q_len, :k_len]
+    interval = mask.dense(q_len, k_len).repeat_interleave(group, 0)
+    visited = 0
+    for b, i, j in itertools.product(range(2), range(-(-q_len * group // tile_rows)), range(-(-k_len // tile_keys))):
+        packed = slice(i * tile_rows, (i + 1) * tile_rows)
+        keys = slice(j * tile_keys, (j + 1) * tile_keys)
+        queries = slice(i * tile_rows // group, -(-min((i + 1) * tile_rows, q_len * group) // group))
+        tile, sees = dense[b, :, queries, keys], interval[packed, keys]
+        seen = bool((tile != 0).any() and sees.any())
+        full = bool((tile == 1).all() and sees.all() and sees.shape[1] == tile_keys)
+        visited += seen
+        for name, masks, bit, whole in (
+            ("row", rows[b, i], j, full),
+            ("column", columns[b, j], i, full and sees.shape[0] == tile_rows),
+        ):
+            found = [int(word) >> bit % 32 & 1 for word in masks[bit // 32]]
+            assert found == [whole, seen and not whole], f"{name} of {b} {i} {j}: {found}, {whole} {seen}"
+    assert visited
+
+
+@triton.jit
+def _columns_kernel(weights, values, out, passes, M: tl.constexpr):
+    o = tl.arange(0, M)[:, None] * M + tl.arange(0, M)[None, :]
+    b_w, b_x = tl.load(weights + o), tl.load(values + o)
+    p_out = out + tl.arange(0, M) * M
+    for i_pass in range(tile.FINITE, passes):
+        b_sums = tile.multiply_columns(tl.zeros([M, M], tl.float32), b_w, b_x, i_pass, True, "ieee")
+        tile.store_sums(p_out, tl.arange(0, M) < M, b_sums, 1.0, i_pass, M, M, False)
+
+
+def test_passes_give_what_the_products_give(engine: str) -> None:
+    """NaN and inf of either sign under weights of either sign; where the weight is 0 they count for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-2, 3, (16, 16), generator=generator).float()
+    weights[5] = weights[5].abs()
+    weights[6] = -weights[6].abs()
+    weights[7] = 0
+    values = torch.randn(16, 16, generator=generator)
+    kinds = torch.randint(0, 14, (16, 16), generator=generator)
+    for kind, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        values[kinds == kind] = value
+    values[:, 3], values[2, 3] = 1.0, torch.inf  # alone in its column
+    values[:, 4], values[2, 4] = 1.0, -torch.inf
+    expected = torch.stack([torch.where(row[:, None] == 0, 0, row[:, None] * values).sum(0) for row in weights])
+    out = torch.empty(16, 16)
+    _columns_kernel[(1,)](weights, values, out, tile.NEGATIVE_DOWN.value + 1, 16)
+    tolerance.compare("products", out, expected, 1e-5)
+    assert all(kind(expected).any() for kind in (torch.isnan, torch.isposinf, torch.isneginf, torch.isfinite))
+
+
+def test_rows_whose_logits_are_all_infinite(engine: str) -> None:
+    """They see nothing, though no mask says so: weights 0, whatever lse."""
+    query, key = torch.ones(1, 1, 130, 16), torch.full((1, 1, 64, 16), -torch.inf)
+    value = torch.randn(1, 1, 64, 16, requires_grad=True)
+    out, lse = flashx.attention(query, key, value, return_lse=True, backend=engine)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    (grad,) = torch.autograd.grad(out.sum(), value)
+    assert (grad == 0).all()
+
+
+def _some(items: list[Any], chosen: tuple[int, ...]) -> list[Any]:
+    """Those that CI runs; the others are slow."""
+    marks = [pytest.mark.slow]
+    return [pytest.param(item, id=str(item), marks=[] if i in chosen else marks) for i, item in enumerate(items)]
+
+
+@pytest.mark.parametrize("call", _some(test_varlen.CALLS, (1, 5, 7)))
+def test_varlen_attention(call: ragged.Ragged, engine: str) -> None:
+    """With rows and keys of NaN after the last sequence."""
+    dtype = DTYPES[len(str(call)) % 3]
+    ragged.check(call, dtype, test_varlen.attend(call, call.inputs(dtype), engine, tail=3))
+
+
+@pytest.mark.parametrize("page", [None, 3, 16])
+@pytest.mark.parametrize("call", _some(test_decode.CALLS, (1, 2)))
+def test_decode_attention(call: ragged.Ragged, page: int | None, engine: str) -> None:
+    dtype = DTYPES[(page or 0) % 3]
+    inputs, cache = test_decode.filled(call, dtype, page, engine)
+    ragged.check(call, dtype, test_decode.attend(call, inputs, cache, engine))
+
+
+SPLIT = ragged.Ragged((1,) * 4, (200, 64, 1, 65), head_dim=8, heads=4, kv_heads=2, window=(150, 0), sink_tokens=2)
+
+
+@pytest.mark.parametrize("call", [SPLIT, replace(SPLIT, sinks=True, alibi="bh", window=None)], ids=str)
+def test_splits(call: ragged.Ragged, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 keys: exact, and the bits of a sequence are its own, whatever the batch, the capacity and the pages."""
+    monkeypatch.setattr(launch, "SPLIT_KEYS", 64)
+    inputs, cache = test_decode.filled(call, torch.float32, None, engine)
+    ragged.check(call, torch.float32, test_decode.attend(call, inputs, cache, engine))
+    test_decode.test_bits_depend_on_the_sequence_alone(call, engine)
+
+
+def test_what_fits_one_part_has_the_bits_of_an_uncut_call(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, 60, 16, heads=4, kv_heads=2, sinks=True, causal=True)
+    inputs = case.inputs(torch.float32)
+    uncut = tolerance.attend(case, inputs, engine)
+    monkeypatch.setattr(launch, "splits", lambda problem: 3)
+    monkeypatch.setattr(launch, "SPLIT_KEYS", 64)
+    for name, tensor in tolerance.attend(case, inputs, engine).items():
+        tolerance.same_bits(name, tensor, uncut[name])
+
+
+@pytest.mark.parametrize("unified_max", [0.0, -500.0, 1e30])
+def test_unified_max(unified_max: float, engine: str) -> None:
+    """Whether it fits or not; rows that see nothing among them."""
+    call = test_decode.CALLS[0]
+    inputs, cache = test_decode.filled(call, torch.float32, 16, engine)
+    found = test_decode.attend(call, inputs, cache, engine, unified_max=unified_max)
+    ragged.check(call, torch.float32, found)
+
+
+def test_unified_max_of_rows_that_differ(engine: str) -> None:
+    test_decode.test_unified_max_of_rows_that_differ(engine)
+
+
+def test_a_fitting_unified_max_is_used(engine: str) -> None:
+    """Some rows take it and some do not, each by itself: their bits are those of either kind alone."""
+    call = ragged.Ragged((1,), (40,), heads=4, kv_heads=1)
+    inputs, _ = test_decode.filled(call, torch.float32, None, engine)
+    inputs = inputs._replace(query=inputs.query * torch.tensor([1.0, 300.0, 1.0, 300.0])[:, None])
+    cache = test_decode.empty_cache(call, torch.float32, None, 40)
+    test_decode.fill(call, inputs, cache)
+    own, unified = (test_decode.attend(call, inputs, cache, engine, unified_max=phi)["out"] for phi in (None, 3.0))
+    tolerance.same_bits("far away", unified[:, 1::2], own[:, 1::2])
+    assert (unified[:, ::2] != own[:, ::2]).any(dim=-1).all()
+
+
+def _levels(case: prefixes.Case, dtype: torch.dtype, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = prefix_calls.plan
+
+    def levels(*arguments: Any, **options: Any) -> Any:
+        return plan(*arguments, **options)._replace(form="levels")
+
+    monkeypatch.setattr(prefix_calls, "plan", levels)
+    prefixes.check(case, dtype, prefixes.run(case, prefixes.poisoned(case, case.tensors(dtype)), engine))
+
+
+@pytest.mark.parametrize("case", _some(test_shared_prefix.SHARED[:13], (3, 7, 12)))
+def test_shared_prefixes(case: prefixes.Case, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _levels(case, DTYPES[len(str(case)) % 2], engine, monkeypatch)
+
+
+@pytest.mark.parametrize("case", _some(test_shared_prefix.TREES, (3, 4)))
+def test_trees(case: prefixes.Case, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _levels(case, DTYPES[len(str(case)) % 2], engine, monkeypatch)
+
+
+def test_levels_that_are_split(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state is one more part of the combination, and may be its result."""
+    monkeypatch.setattr(launch, "SPLIT_KEYS", 64)
+    monkeypatch.setattr(launch, "MEMBER_SPLIT_KEYS", 64)
+    case = prefixes.one_prefix(4, 2, 130, 70, 0, 70, 3, 66, q_len=3, sinks=True, window=(100, 0), sink_tokens=3)
+    _levels(case, torch.float32, engine, monkeypatch)
+
+
+def test_members_do_not_depend_on_each_other(engine: str) -> None:
+    test_shared_prefix.test_bits_of_a_sequence_do_not_depend_on_the_batch(
+        test_shared_prefix.TREES[4], [4, 1, 5], engine
+    )
+
+
+@pytest.mark.parametrize("seeds", _some([range(15), range(15, 60)], (0,)))
+def test_wild_tables(seeds: range) -> None:
+    """Nothing that a table holds makes a kernel read or write outside of the tensors: test_tables.py."""
+    code = (
+        "import test_tables\nfrom flashx import dispatch\nfrom flashx.backends import triton\n"
+        f"dispatch.BACKENDS['cpu'] = triton\nfor seed in {seeds!r}:\n"
+        "    print(seed, flush=True)\n    test_tables.run(seed)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, f"died of {done.returncode} in seed {done.stdout.split()[-1:]}\n{done.stderr[-2000:]}"
+
+
+def test_compiled(engine: str) -> None:
+    """The operator is opaque to torch.compile: no graph break, forward and backward."""
+    query, key, value = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return 2 * flashx.attention(query + 1, key, value, causal=True, backend="triton")
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        out = function(query, key, value)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (query, key, value))])
+    for eager, compiled in zip(*results, strict=True):
+        tolerance.same_bits("compiled", compiled, eager)
