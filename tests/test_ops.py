@@ -70,6 +70,78 @@ def test_opcheck_attention_backward(case: Case, backend: str, wanted: bool) -> N
     )
 
 
+def _ragged(requires_grad: bool) -> dict[str, tuple[torch.Tensor, tuple[object, ...]]]:
+    """Operators of ragged calls with their arguments, by name."""
+    torch.manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, requires_grad=requires_grad)
+
+    def table(*rows: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int32)
+
+    plain = (None, None, None, None, None, 0, 0, 0.3, 0.0, 0.0, "cpu")
+    block_map, bits = table((1, 0), (2, 1))[None, None], torch.randint(0, 99, (1, 16, 1), dtype=torch.int32)
+    packed = table((0, 9, 0, 12, 3, 0), (9, 11, 12, 8, -3, 0))
+    shared = table((0, 3, 0, 7, 9, 0), (0, 3, 0, 7, 9, 0))
+    own = table((0, 3, 0, 5, 2, 7), (0, 3, 0, 4, 1, 7))
+    order, begins = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    levels = ([draw(1, 1, 7, 4), draw(2, 1, 5, 4)], [draw(1, 1, 7, 4), draw(2, 1, 5, 4)], [shared, own])
+    no_tables = (None, None, None, None)
+    return {
+        "blocks": (
+            torch.ops.flashx.attention,
+            (draw(2, 2, 20, 4), draw(2, 1, 20, 4), draw(2, 1, 20, 4), *plain, block_map, bits, *no_tables, 2, 16, 16),
+        ),
+        "packed": (
+            torch.ops.flashx.attention,
+            (draw(1, 2, 20, 4), draw(1, 1, 20, 4), draw(1, 1, 20, 4), *plain, None, None, packed),
+        ),
+        "levels": (
+            torch.ops.flashx.level_attention,
+            (draw(2, 2, 3, 4), *levels, [order], [begins], None, draw(2), None, None, 4, 0, 0, 0, 0, 0.3, 0.0, "cpu"),
+        ),
+    }
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", list(_ragged(False)))
+def test_opcheck_variants(name: str, requires_grad: bool) -> None:
+    operator, arguments = _ragged(requires_grad)[name]
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("name", list(_ragged(False)))
+def test_gradcheck_variants(name: str) -> None:
+    operator, arguments = _ragged(True)[name]
+    wide = [
+        [t.detach().double().requires_grad_() for t in a] if isinstance(a, list) and a[0].is_floating_point() else a
+        for a in arguments
+    ]
+    wide = [
+        a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in wide
+    ]
+    leaves = [
+        t for a in wide for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor) and t.requires_grad
+    ]
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left = iter(tensors)
+        again = [
+            [next(left) if t.requires_grad else t for t in a]
+            if isinstance(a, list)
+            else next(left)
+            if isinstance(a, torch.Tensor) and a.requires_grad
+            else a
+            for a in wide
+        ]
+        out, lse = operator(*again)
+        return out, lse.masked_fill(lse == -torch.inf, 0)  # no neighbourhood there
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
 GRADCHECKS = [
     Case(4, 5, 3, 2, batch=2, heads=2, kv_heads=1, causal=True),
     Case(5, 4, 2, heads=2, bias=Bias("1hqk"), sinks=True, alibi="h", softcap=1.5),
