@@ -121,6 +121,22 @@ def test_shfl_bfly(run: Run) -> None:
         np.testing.assert_array_equal(out[:, mask], data[:, lanes ^ mask])
 
 
+def test_vote_ballot(run: Run) -> None:
+    data = rng().integers(0, 2**32, (2, 32), np.uint32)
+    out = run("vote_ballot", data, 2 * 32 * 32 * 4).view(np.uint32).reshape(2, 32, 32)
+    bits = data[:, None, :] >> np.arange(32, dtype=np.uint32)[:, None] & 1  # round, lane
+    want = (bits << np.arange(32, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+    np.testing.assert_array_equal(out, np.broadcast_to(want[..., None], out.shape))
+
+
+def test_redux(run: Run) -> None:
+    data = rng().integers(-(2**31), 2**31, (3, 32), np.int32)
+    data[1] = np.abs(data[1] // 2)
+    out = run("redux", data, 3 * 2 * 32 * 4).view(np.int32).reshape(3, 2, 32)
+    np.testing.assert_array_equal(out[:, 0], np.broadcast_to(data.min(1)[:, None], data.shape))
+    np.testing.assert_array_equal(out[:, 1], np.broadcast_to(data.max(1)[:, None], data.shape))
+
+
 # ---- Memory
 
 
@@ -363,6 +379,12 @@ def test_cvt_f32_of_every_number(run: Run, name: str) -> None:
     out = run(name, bits, 4 * bits.size).view(np.float32)
     with np.errstate(invalid="ignore"):
         same_numbers(out, bits.view(np.float16).astype(np.float32) if name.endswith("_f16") else from_bfloat16(bits))
+
+
+def test_clz(run: Run) -> None:
+    data = np.concatenate([[0, 1, 2**32 - 1], 1 << np.arange(29)]).astype(np.uint32)
+    want = [32 - int(x).bit_length() for x in data]
+    np.testing.assert_array_equal(run("clz", data, data.nbytes).view(np.int32), want)
 
 
 @pytest.mark.parametrize("name", ["bits_of", "float_of"])

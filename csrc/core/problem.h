@@ -79,8 +79,8 @@ struct Problem {
   const int32_t* member_begin = nullptr;  // (groups + 1)
   int64_t groups = 0;
   Pages pages;
-  // Decoding: softmax weights relative to this logit instead of a running maximum, unless a row's sum shows that they
-  // do not fit (Hong et al., "FlashDecoding++", section 3). NaN is off.
+  // Decoding: softmax weights relative to this logit instead of a running maximum, unless a row shows that they do not
+  // fit (Hong et al., "FlashDecoding++", section 3). NaN is off. Not together with a carry.
   double unified_max = NAN;
 
   static constexpr int kSequenceFields = 6;

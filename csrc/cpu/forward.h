@@ -105,7 +105,7 @@ class Forward {
   void sweep(const RowPacking& packing, int64_t first, int64_t count, int64_t k_begin, int64_t k_end, int blocks) {
     Limits limits = Limits::none();
     for (int i = 0; i < blocks; ++i) limits.widen(states_[i].block.limits);
-    unified_ = !std::isnan(problem_.unified_max);
+    unified_ = !std::isnan(problem_.unified_max) && carry_.count == 0;
     if (unified_) {
       for (int i = 0; i < blocks; ++i)
         std::fill_n(states_[i].max, ld, static_cast<T>(problem_.unified_max) / logits_.unit());

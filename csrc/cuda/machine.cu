@@ -70,13 +70,16 @@ void check(const Problem& p, std::initializer_list<View> views) {
   // Row and block indices have 32 bits on the device, one past a last tile too; a tile has at least 16 rows. Each size
   // by itself comes first, so that no product overflows.
   constexpr int64_t kLimit = int64_t{1} << 31, kTile = 1024;
-  const bool small = larger(larger(p.batch, p.q_heads), larger(p.q_len, p.k_len)) < kLimit && p.groups < kLimit &&
-                     larger(p.q_rows, p.k_rows) < int64_t{1} << 40;
+  const bool small = larger(larger(p.batch, p.q_heads), larger(p.q_len, p.k_len)) < kLimit &&
+                     larger(p.groups, p.q_rows) < kLimit && p.k_rows < int64_t{1} << 40;
   const int64_t longest = small ? larger(query_rows(p), p.k_len) : kLimit, heads = small ? p.batch * p.q_heads : kLimit;
-  // Members' rows are one tensor's to their key heads.
-  const int64_t together = !small || !p.members ? 1 : larger(p.batch, p.groups);
-  if (longest >= kLimit - kTile || heads >= kLimit || together * longest >= kLimit - kTile ||
-      (longest / 16 + 1) * larger(heads, together * p.q_heads) >= kLimit || heads * p.q_len / 4 >= kLimit ||
+  // All members' rows may be one group's.
+  const bool shares = p.members && small && longest < kLimit;
+  const int64_t rows = shares ? p.batch * query_rows(p) : longest;
+  const int64_t groups = shares ? larger(p.batch, p.groups) * p.q_heads : heads;
+  if (larger(longest, rows) >= kLimit - kTile || larger(heads, groups) >= kLimit ||
+      (longest / 16 + 1) * (shares ? p.groups * p.q_heads : heads) >= kLimit ||
+      (rows / 16 + p.groups + 1) * (shares ? p.q_heads : 1) >= kLimit || heads * p.q_len / 4 >= kLimit ||
       (p.packed ? p.q_heads : heads) * p.q_rows / 4 >= kLimit) {
     refuse("fewer than 2**31 rows and tiles", p);
   }
@@ -121,7 +124,9 @@ const char* forward_kernel(const Problem& problem) { return splits(problem) > 1 
 
 void forward(const Problem& problem, const ForwardTensors& tensors, const CudaCall& call) {
   check(problem, {tensors.query, tensors.key, tensors.value, tensors.out});
-  if ((tensors.carry.max || tensors.carry.suspend) && !(tensors.carry.max && tensors.carry.sum && tensors.carry.acc)) {
+  const Carry& carry = tensors.carry;
+  const bool complete = carry.max && carry.sum && (carry.acc || problem.value_dim == 0);
+  if ((carry.max || carry.suspend) && !complete && numbered_rows(problem) > 0) {
     refuse("a carried state with its max, sum and accumulator", problem);
   }
   visit(problem, [&](auto element, auto dim) {

@@ -358,12 +358,15 @@ struct KeyRows {
   using Element = E;
   E* base;
   const Problem& problem;
+  Place<true> place;
   View view;
   uint32_t sequence;
   uint32_t count;
   int dim;
   bool aligned;
 
+  // The same, made anew.
+  FLASHX_DEVICE KeyRows now() const { return place.template paged_keys<E>(view, dim, aligned); }
   FLASHX_DEVICE E* at(uint32_t r) const {
     if (!problem.pages.table) return base + r * view.row;
     return base + problem.page(sequence, r, LoadGlobal{}) * view.batch +
@@ -376,6 +379,7 @@ FLASHX_DEVICE KeyRows<E> Place<true>::paged_keys(const View& view, int dim, bool
   const bool paged = problem_.pages.table != nullptr;
   return {view.template at<E>(paged ? 0 : word(kKeyBatch), word(kKvHead), paged ? 0 : word(kKBegin)),
           problem_,
+          *this,
           view,
           word(kKeyBatch),
           word(kKLen),

@@ -72,6 +72,8 @@ struct Rows {
   int dim;
   bool aligned;  // every row starts at a multiple of 16 bytes
 
+  // See KeyRows: these are kept.
+  FLASHX_DEVICE const Rows& now() const { return *this; }
   FLASHX_DEVICE E* at(uint32_t r) const {
     if (pack == 1) return base + r * row;
     return base + r / pack * row + r % pack * head;

@@ -48,7 +48,13 @@ class Cuda:
     def kernel(self, problem: Problem) -> str:
         """Name of the kernel that runs the problem."""
         assert self.kernels is not None
-        return f"{self.NAME}/{self.kernels.forward_kernel(native.describe(problem))}"
+        described = native.describe(problem)
+        # The name depends on whether there are tables, not on what they hold: any address does.
+        if problem.ragged:
+            described.set_sequences(1)
+        if problem.groups is not None:
+            described.set_members(1, 1, problem.groups)
+        return f"{self.NAME}/{self.kernels.forward_kernel(described)}"
 
     def forward(
         self, problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, carry: Carry | None = None

@@ -19,10 +19,10 @@ struct ForwardTiles {
 };
 
 // Two fragments a warp read each K and V fragment half as often; from head dim 192 on their sums do not fit the
-// registers, nor do the operands of the general logits.
+// registers, nor do the operands of the general logits, which at 256 leave room for the scores of fewer keys.
 constexpr ForwardTiles forward_tiles(int element_bytes, int dim, bool general) {
   if (element_bytes == 4) return {4, 1, dim == 256 || (dim == 128 && !general) ? 16 : 32};
-  if (general || dim >= 192) return {4, 1, 64};
+  if (general || dim >= 192) return {4, 1, general && dim == 256 ? 32 : 64};
   return {4, 2, 64};
 }
 

@@ -84,25 +84,25 @@ struct Forward {
       if (carried) resume(params, place, first + own, max, sum, acc, pass);
 
       int j = walk.next(begin);
-      if (j < end) load_tile<KeyTile, kThreads>(key_tile, keys, static_cast<uint32_t>(j * kKeys));
+      if (j < end) load_tile<KeyTile, kThreads>(key_tile, keys.now(), static_cast<uint32_t>(j * kKeys));
       ptx::cp_async_commit();
       for (int upcoming; j < end; j = upcoming) {
         const int k_begin = j * kKeys;
         ptx::cp_async_wait<0>();
         ptx::bar_sync();  // K(j) is there, and the last V is free
-        load_tile<KeyTile, kThreads>(value_tile, values, static_cast<uint32_t>(k_begin));
+        load_tile<KeyTile, kThreads>(value_tile, values.now(), static_cast<uint32_t>(k_begin));
         ptx::cp_async_commit();
 
         // S = Q K^T
         const bool hides = !walk.whole(j);
+        upcoming = walk.next(j + 1);
         float s[kM][kN][4];
         multiply_rows<QueryTile, KeyTile>(s, query_tile, own, key_tile, params.exact, pass);
         logits.template operator()<false>(s, 0, k_begin, hides, row_of, static_cast<float (*)[kN][4]>(nullptr));
 
         ptx::cp_async_wait<0>();
         ptx::bar_sync();  // V(j) is there, and K(j) is free
-        upcoming = walk.next(j + 1);
-        if (upcoming < end) load_tile<KeyTile, kThreads>(key_tile, keys, static_cast<uint32_t>(upcoming * kKeys));
+        if (upcoming < end) load_tile<KeyTile, kThreads>(key_tile, keys.now(), static_cast<uint32_t>(upcoming * kKeys));
         ptx::cp_async_commit();
 
         // P = softmax(S) so far
