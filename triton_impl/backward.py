@@ -40,6 +40,7 @@ from .tile import (
     multiply_rows,
     rows_of,
     store_sums,
+    zeros,
 )
 
 
@@ -92,15 +93,15 @@ def visit_rows(
         rows_of(grad_out, rows.o_b, rows.o_h, rows.o_row),
     )
     b_q = load_tile(p_q, rows.m_r, dims.head, dims.head_block, RAGGED)  # [M, D]
-    b_do = load_tile(p_do, rows.m_r, dims.value, dims.value_block, RAGGED)  # [M, Dv]
+    b_do = load_tile(p_do, rows.m_r, dims.value_dim, dims.value_block, RAGGED)  # [M, Dv]
     ends = row_ends(rows, lse, delta)
     # S^T = K Q^T, dP^T = V dO^T
-    b_s = multiply_rows(b_k, b_q, flags.precision)  # [N, M]
-    b_dp = multiply_rows(b_v, b_do, flags.precision)  # [N, M]
+    b_s = multiply_rows(b_k, b_q, flags)  # [N, M]
+    b_dp = multiply_rows(b_v, b_do, flags)  # [N, M]
     b_p, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, place, problem, flags, N, HIDES, True, False)
     # dV += P^T dO, dK += dS^T Q
-    b_dv = multiply_columns(b_dv, b_p, b_do, i_pass, CAREFUL, flags.precision)
-    b_dk = multiply_columns(b_dk, b_ds, b_q, i_pass, CAREFUL, flags.precision)
+    b_dv = multiply_columns(b_dv, b_p, b_do, i_pass, CAREFUL, flags)
+    b_dk = multiply_columns(b_dk, b_ds, b_q, i_pass, CAREFUL, flags)
     return b_dk, b_dv
 
 
@@ -111,8 +112,8 @@ def sweep_rows(
 ):  # fmt: skip
     """All row tiles that see the keys."""
     tiles = column_schedule(k_begin, place, problem, flags, M, N)
-    b_dk = tl.zeros([N, dims.head_block], tl.float32)
-    b_dv = tl.zeros([N, dims.value_block], tl.float32)
+    b_dk = zeros(N, dims.head_block)
+    b_dv = zeros(N, dims.value_block)
     EVERY_TILE_HIDES: tl.constexpr = CAREFUL or flags.bias != "none"
     if flags.blocks:
         for i_chunk in tl.range(tiles.first // WALK, tl.cdiv(tiles.last, WALK), num_stages=1):
@@ -173,20 +174,20 @@ def grad_key_value_kernel(
         o_k += place.k_begin
     i_b, i_kv = place.i_b, place.i_kv
     b_k = load_tile(rows_of(key, i_b, i_kv, o_k), m_k, dims.head, dims.head_block, True)  # [N, D]
-    b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value, dims.value_block, True)  # [N, Dv]
+    b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value_dim, dims.value_block, True)  # [N, Dv]
     p_dk, p_dv = rows_of(grad_key, i_b, i_kv, o_k), rows_of(grad_value, i_b, i_kv, o_k)
 
     b_dk, b_dv = sweep_rows(
         b_k, b_v, query, grad_out, lse, delta, k_begin, place, PLAIN, problem, flags, dims, M, N, False
     )
     store_sums(p_dk, m_k, b_dk, scale, PLAIN, dims.head, dims.head_block, False)
-    store_sums(p_dv, m_k, b_dv, 1.0, PLAIN, dims.value, dims.value_block, False)
+    store_sums(p_dv, m_k, b_dv, 1.0, PLAIN, dims.value_dim, dims.value_block, False)
     for i_pass in range(FINITE, tl.where(has_nonfinite(b_dk) | has_nonfinite(b_dv), NEGATIVE_DOWN + 1, FINITE)):
         b_dk, b_dv = sweep_rows(
             b_k, b_v, query, grad_out, lse, delta, k_begin, place, i_pass, problem, flags, dims, M, N, True
         )
         store_sums(p_dk, m_k, b_dk, scale, i_pass, dims.head, dims.head_block, False)
-        store_sums(p_dv, m_k, b_dv, 1.0, i_pass, dims.value, dims.value_block, False)
+        store_sums(p_dv, m_k, b_dv, 1.0, i_pass, dims.value_dim, dims.value_block, False)
 
 
 @triton.jit
@@ -201,13 +202,13 @@ def visit_keys(
     p_some = keys_of(key, p_k, k_begin, m_k, place, problem, flags, N)
     b_k = load_tile(p_some, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
     p_some = keys_of(value, p_v, k_begin, m_k, place, problem, flags, N)
-    b_v = load_tile(p_some, m_k, dims.value, dims.value_block, HIDES)  # [N, Dv]
+    b_v = load_tile(p_some, m_k, dims.value_dim, dims.value_block, HIDES)  # [N, Dv]
     # S = Q K^T, dP = dO V^T
-    b_s = multiply_rows(b_q, b_k, flags.precision)  # [M, N]
-    b_dp = multiply_rows(b_do, b_v, flags.precision)  # [M, N]
+    b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
+    b_dp = multiply_rows(b_do, b_v, flags)  # [M, N]
     _, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, place, problem, flags, N, HIDES, False, False)
     # dQ += dS K
-    return multiply_columns(b_dq, b_ds, b_k, i_pass, CAREFUL, flags.precision)
+    return multiply_columns(b_dq, b_ds, b_k, i_pass, CAREFUL, flags)
 
 
 @triton.jit
@@ -220,7 +221,7 @@ def sweep_keys(
     if flags.sequences:
         o_n += place.k_begin
     keys = (rows_of(key, place.i_b, place.i_kv, o_n), rows_of(value, place.i_b, place.i_kv, o_n))  # of tile 0
-    b_dq = tl.zeros([M, dims.head_block], tl.float32)
+    b_dq = zeros(M, dims.head_block)
     EVERY_TILE_HIDES: tl.constexpr = CAREFUL or flags.bias != "none"
     if flags.blocks:
         q_first, q_last = queries
@@ -289,7 +290,7 @@ def grad_query_kernel(
         rows_of(grad_out, rows.o_b, rows.o_h, rows.o_row),
     )
     b_q = load_tile(p_q, m_r, dims.head, dims.head_block, True)  # [M, D]
-    b_do = load_tile(p_do, m_r, dims.value, dims.value_block, True)  # [M, Dv]
+    b_do = load_tile(p_do, m_r, dims.value_dim, dims.value_block, True)  # [M, Dv]
     p_dq = rows_of(grad_query, rows.o_b, rows.o_h, rows.o_row)
 
     b_dq = sweep_keys(
@@ -353,10 +354,10 @@ def grad_bias_kernel(
                     m_q, m_k = o_q < q_len, o_k < k_len
                     b_q = load_tile(rows_of(query, i_b, i_h, o_q), m_q, dims.head, dims.head_block, True)  # [M, D]
                     b_k = load_tile(rows_of(key, i_b, i_kv, o_k), m_k, dims.head, dims.head_block, True)  # [N, D]
-                    b_s = multiply_rows(b_q, b_k, flags.precision)  # [M, N]
-                    b_do = load_tile(rows_of(grad_out, i_b, i_h, o_q), m_q, dims.value, dims.value_block, True)
-                    b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value, dims.value_block, True)
-                    b_dp = multiply_rows(b_do, b_v, flags.precision)  # [M, N]
+                    b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
+                    b_do = load_tile(rows_of(grad_out, i_b, i_h, o_q), m_q, dims.value_dim, dims.value_block, True)
+                    b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value_dim, dims.value_block, True)
+                    b_dp = multiply_rows(b_do, b_v, flags)  # [M, N]
                     o_r = tl.where(m_q, o_q * group + i_h % group, q_len * group)
                     rows = describe(o_r, place, problem, flags)
                     ends = row_ends(rows, lse, delta)
@@ -386,8 +387,8 @@ def delta_kernel(
     i_b, i_h = i_head // heads, i_head % heads
     o_q = tl.program_id(0) % tiles * M + tl.arange(0, M)
     m_q = o_q < q_len
-    b_o = load_tile(rows_of(out, i_b, i_h, o_q), m_q, dims.value, dims.value_block, True).to(tl.float32)  # [M, Dv]
-    b_do = load_tile(rows_of(grad_out, i_b, i_h, o_q), m_q, dims.value, dims.value_block, True).to(tl.float32)
+    b_o = load_tile(rows_of(out, i_b, i_h, o_q), m_q, dims.value_dim, dims.value_block, True).to(tl.float32)  # [M, Dv]
+    b_do = load_tile(rows_of(grad_out, i_b, i_h, o_q), m_q, dims.value_dim, dims.value_block, True).to(tl.float32)
     b_delta = tl.sum(b_o * b_do, 1)
     o_row = i_head.to(tl.int64) * q_len + o_q
     if HAS_GRAD_LSE:

@@ -30,6 +30,7 @@ from .tile import (
     rows_of,
     store_sums,
     tile_at,
+    zeros,
 )
 
 
@@ -84,7 +85,7 @@ def visit(
     # S = Q K^T
     p_some = keys_of(key, p_k, k_begin, m_k, place, problem, flags, N)
     b_k = load_tile(p_some, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
-    b_s = multiply_rows(b_q, b_k, flags.precision)  # [M, N]
+    b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
     b_s, _ = to_logits(b_s, rows, k_begin, place, problem, flags, N, HIDES, False)
     # P = softmax(S) so far
     b_p, b_acc, b_max, b_sum = update(b_s, b_acc, b_max, b_sum, unified, problem, flags, FIXED)
@@ -92,22 +93,22 @@ def visit(
         b_p *= dropout_factor(rows, k_begin, problem, N, False)
     # O += P V
     p_some = keys_of(value, p_v, k_begin, m_k, place, problem, flags, N)
-    b_v = load_tile(p_some, m_k, dims.value, dims.value_block, HIDES)  # [N, Dv]
-    b_acc = multiply_columns(b_acc, b_p, b_v, i_pass, CAREFUL, flags.precision)
+    b_v = load_tile(p_some, m_k, dims.value_dim, dims.value_block, HIDES)  # [N, Dv]
+    b_acc = multiply_columns(b_acc, b_p, b_v, i_pass, CAREFUL, flags)
     return b_acc, b_max, b_sum
 
 
 @triton.jit
 def resume(rows, carry, i_pass, flags: tl.constexpr, dims: tl.constexpr, M: tl.constexpr):
     """The state to start from: nothing, or what an earlier call has left."""
-    b_acc = tl.zeros([M, dims.value_block], tl.float32)
+    b_acc = zeros(M, dims.value_block)
     b_max = tl.full([M], -INF, tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     if flags.carried and not flags.split:
         b_max = tl.load(carry.max + rows.o_number, mask=rows.m_r, other=-INF)
         b_sum = tl.load(carry.sum + rows.o_number, mask=rows.m_r, other=0.0)
         # A pass that counts starts from nothing.
-        p_acc, m_acc = tile_at(carry.acc + rows.o_number * dims.value, rows.m_r, dims.value, dims.value_block)
+        p_acc, m_acc = tile_at(carry.acc + rows.o_number * dims.value_dim, rows.m_r, dims.value_dim, dims.value_block)
         b_acc = tl.load(p_acc, mask=m_acc & (i_pass <= FINITE), other=0.0)
     return b_acc, b_max, b_sum
 
@@ -178,8 +179,8 @@ def finish(
         if i_pass <= FINITE:
             tl.store(carry.max + rows.o_number, b_max, mask=m_r)
             tl.store(carry.sum + rows.o_number, b_sum, mask=m_r)
-        p_acc = carry.acc + rows.o_number * dims.value
-        store_sums(p_acc, m_r, b_acc, 1.0, i_pass, dims.value, dims.value_block, False)
+        p_acc = carry.acc + rows.o_number * dims.value_dim
+        store_sums(p_acc, m_r, b_acc, 1.0, i_pass, dims.value_dim, dims.value_block, False)
     else:
         b_unit = unit(problem, flags)
         b_max = tl.where(b_max == -INF, -INF, b_max * b_unit)
@@ -202,38 +203,10 @@ def finish(
         p_lse, p_out = lse + o_number, rows_of(out, rows.o_b, rows.o_h, rows.o_row)
         if flags.split:
             o_number += i_split.to(tl.int64) * numbered
-            p_lse, p_out = partial.lse + o_number, partial.out + o_number * dims.value
+            p_lse, p_out = partial.lse + o_number, partial.out + o_number * dims.value_dim
         if i_pass <= FINITE:
             tl.store(p_lse, tl.where(m_empty, -INF, b_lse), mask=m_r)
-        store_sums(p_out, m_r, b_acc, b_factor[:, None], i_pass, dims.value, dims.value_block, False)
-
-
-@triton.jit
-def attend(
-    m_r, b_q, rows, queries, tiles, place, key, value, i_split, out, lse, carry, partial, numbered, sinks, problem,
-    flags: tl.constexpr, dims: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Results of the rows m_r, each relative to its own max."""
-    b_acc, b_max, b_sum = sweep(
-        b_q, rows, queries, tiles, place, key, value, carry, PLAIN, 0.0, problem, flags, dims, M, N, False, False
-    )
-    again = has_nonfinite(b_acc)
-    m_now = m_r
-    if flags.carried:  # a state to go on from is left alone until the last sweep that reads it
-        m_now = tl.where(again, False, m_r)
-    finish(
-        m_now, b_acc, b_max, b_sum, rows, i_split, out, lse, carry, partial, numbered, sinks, PLAIN, problem,
-        flags, dims,
-    )  # fmt: skip
-    # Weights are not negative here.
-    for i_pass in range(FINITE, tl.where(again, NEGATIVE_UP, FINITE)):
-        b_acc, b_max, b_sum = sweep(
-            b_q, rows, queries, tiles, place, key, value, carry, i_pass, 0.0, problem, flags, dims, M, N, True, False
-        )
-        finish(
-            m_r, b_acc, b_max, b_sum, rows, i_split, out, lse, carry, partial, numbered, sinks, i_pass, problem,
-            flags, dims,
-        )  # fmt: skip
+        store_sums(p_out, m_r, b_acc, b_factor[:, None], i_pass, dims.value_dim, dims.value_block, False)
 
 
 @triton.jit
@@ -283,15 +256,26 @@ def forward_kernel(
             problem, flags, dims,
         )  # fmt: skip
         m_r = m_r & (m_fits == 0)
-        if tl.max(m_r.to(tl.int32), 0) > 0:
-            attend(
-                m_r, b_q, rows, queries, tiles, place, key, value, i_split, out, lse, carry, partial, numbered, sinks,
-                problem, flags, dims, M, N,
-            )  # fmt: skip
-    else:
-        attend(
-            m_r, b_q, rows, queries, tiles, place, key, value, i_split, out, lse, carry, partial, numbered, sinks,
-            problem, flags, dims, M, N,
+        tiles = within(tiles, 0, tl.where(tl.max(m_r.to(tl.int32), 0) > 0, tiles.last, 0))
+    b_acc, b_max, b_sum = sweep(
+        b_q, rows, queries, tiles, place, key, value, carry, PLAIN, 0.0, problem, flags, dims, M, N, False, False
+    )
+    again = has_nonfinite(b_acc)
+    m_now = m_r
+    if flags.carried:  # a state to go on from is left alone until the last sweep that reads it
+        m_now = tl.where(again, False, m_r)
+    finish(
+        m_now, b_acc, b_max, b_sum, rows, i_split, out, lse, carry, partial, numbered, sinks, PLAIN, problem,
+        flags, dims,
+    )  # fmt: skip
+    # Weights are not negative here.
+    for i_pass in range(FINITE, tl.where(again, NEGATIVE_UP, FINITE)):
+        b_acc, b_max, b_sum = sweep(
+            b_q, rows, queries, tiles, place, key, value, carry, i_pass, 0.0, problem, flags, dims, M, N, True, False
+        )
+        finish(
+            m_r, b_acc, b_max, b_sum, rows, i_split, out, lse, carry, partial, numbered, sinks, i_pass, problem,
+            flags, dims,
         )  # fmt: skip
 
 
@@ -311,7 +295,7 @@ def combine_kernel(
     place, r_first = place_of_rows(tl.program_id(0), row_tiles, problem, flags, M)
     rows = describe(r_first + tl.arange(0, M), place, problem, flags)
     m_r, o_number = rows.m_r, rows.o_number
-    p_acc, m_acc = tile_at(partial.out + o_number * dims.value, m_r, dims.value, dims.value_block)
+    p_acc, m_acc = tile_at(partial.out + o_number * dims.value_dim, m_r, dims.value_dim, dims.value_block)
     b_carried = tl.full([M], -INF, tl.float32)
     if flags.carried:
         b_carried = tl.load(carry.max + o_number, mask=m_r, other=-INF)
@@ -322,11 +306,11 @@ def combine_kernel(
         p_lse += numbered
     b_shift = tl.where(b_highest == -INF, 0.0, b_highest)
     b_sum = tl.zeros([M], tl.float32)
-    b_acc = tl.zeros([M, dims.value_block], tl.float32)
+    b_acc = zeros(M, dims.value_block)
     if flags.carried:
         b_rescale = tl.exp2((b_carried - b_shift) * LOG2_E)
         b_sum = b_rescale * tl.load(carry.sum + o_number, mask=m_r, other=0.0)
-        p_state, _ = tile_at(carry.acc + o_number * dims.value, m_r, dims.value, dims.value_block)
+        p_state, _ = tile_at(carry.acc + o_number * dims.value_dim, m_r, dims.value_dim, dims.value_block)
         b_acc = b_rescale[:, None] * tl.load(p_state, mask=m_acc, other=0.0)
         b_acc = tl.where(b_rescale[:, None] == 0.0, 0.0, b_acc)
     p_lse = partial.lse + o_number
@@ -337,11 +321,13 @@ def combine_kernel(
         m_part = m_acc & (b_weight != 0.0)[:, None]
         b_acc += b_weight[:, None] * tl.load(p_acc, mask=m_part, other=0.0)
         p_lse += numbered
-        p_acc += numbered.to(tl.int64) * dims.value
+        p_acc += numbered.to(tl.int64) * dims.value_dim
     if flags.suspends:
         tl.store(carry.max + o_number, b_highest, mask=m_r)
         tl.store(carry.sum + o_number, b_sum, mask=m_r)
-        store_sums(carry.acc + o_number * dims.value, m_r, b_acc, 1.0, PLAIN, dims.value, dims.value_block, False)
+        store_sums(
+            carry.acc + o_number * dims.value_dim, m_r, b_acc, 1.0, PLAIN, dims.value_dim, dims.value_block, False
+        )
     else:
         m_empty = b_sum == 0.0
         b_sum = tl.where(m_empty, 1.0, b_sum)
@@ -349,4 +335,4 @@ def combine_kernel(
         tl.store(lse + o_number, tl.where(m_empty, -INF, b_lse), mask=m_r)
         b_factor = tl.where(m_empty, 0.0, 1.0 / b_sum)[:, None]
         p_out = rows_of(out, rows.o_b, rows.o_h, rows.o_row)
-        store_sums(p_out, m_r, b_acc, b_factor, PLAIN, dims.value, dims.value_block, False)
+        store_sums(p_out, m_r, b_acc, b_factor, PLAIN, dims.value_dim, dims.value_block, False)

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from ..masks import IntervalMask
 from ..problem import Carry, Gradients, Inputs, Problem
 from . import backward as backward_kernels
 from . import forward as forward_kernels
-from .problem import FAR, UNBOUNDED_HIGH, UNBOUNDED_LOW, Bias, Flags, Tables
+from .problem import FAR, Bias, Flags, Tables
 from .tile import View
 from .tuning import MEMBER_SPLIT_KEYS, ROWS_TO_SPLIT, SPLIT_KEYS, Sweeps, Tiles, few_rows, tiles
 
 _FAR = FAR.value
-_LOW, _HIGH = UNBOUNDED_LOW.value, UNBOUNDED_HIGH.value
+_LOW, _HIGH = -(2**31), 2**31 - 1  # of int32; as widths no limit
 _LARGEST_GRID_Y = 65535
 
 
@@ -24,7 +25,7 @@ class Dims(NamedTuple):
 
     head: int
     head_block: int
-    value: int
+    value_dim: int  # not `value`, which a constexpr has itself
     value_block: int
 
 
@@ -59,9 +60,9 @@ def forward(
     partial, numbered = forward_kernels.Partial(None, None), lse.numel()
     if parts > 1:
         workspace = torch.empty(parts * numbered * (problem.value_dim + 1), dtype=torch.float32, device=out.device)
-        partial = forward_kernels.Partial(*workspace.split_with_sizes(
-            [parts * numbered * problem.value_dim, parts * numbered]
-        ))
+        partial = forward_kernels.Partial(
+            *workspace.split_with_sizes([parts * numbered * problem.value_dim, parts * numbered])
+        )
     to = _queries(problem, out)
     described = _described(problem, inputs)
     run(
@@ -92,8 +93,9 @@ def backward(
     _check(problem)
     flags, dims = _flags(problem, inputs, tf32), _dims(problem)
     flags = flags._replace(adds=gradients.adds_query)
-    # The elements of a block mask are registers there.
-    sweeps = _tiles(inputs.query, flags.general or flags.dropout or flags.blocks, dims)
+    # Members' limits and the elements of a block mask are registers there.
+    general = flags.general or flags.dropout or flags.blocks or flags.members
+    sweeps = _tiles(inputs.query, general, dims)
     tile = sweeps.grad_query
     entries, _, q_rows, _ = inputs.query.shape
     count = triton.cdiv(q_rows, tile.rows)
@@ -142,9 +144,11 @@ def run(kernel: Any, grid: tuple[int, int], tile: Tiles, *arguments: Any) -> Non
 
 
 def splits(problem: Problem) -> int:
-    """The parts that a call's keys are cut into, at multiples of SPLIT_KEYS counted from key 0: a function of its lengths
-    alone, so that a sequence's result does not depend on what it is batched with; nor on how much longer than its keys
-    their tensor is, since what fits one part is the same bits, cut or not."""
+    """The parts that a call's keys are cut into, at multiples of SPLIT_KEYS counted from key 0.
+
+    A function of its lengths alone, so that a sequence's result does not depend on what it is batched with; nor on how
+    much longer than its keys their tensor is, since what fits one part is the same bits, cut or not.
+    """
     if problem.q_len == 0 or problem.q_len * _group(problem) > ROWS_TO_SPLIT:
         return 1
     keys = problem.k_len if problem.ragged else problem.mask.hi(problem.q_len - 1, problem.k_len)
@@ -172,11 +176,11 @@ def _row_programs(problem: Problem, row_tiles: int) -> int:
 
 def _check(problem: Problem) -> None:
     """Refuses sizes whose indices the kernels' 32 bits do not hold."""
-    limit = 2**31 - 2**11
     rows = problem.q_len * _group(problem) * (1 if problem.groups is None else problem.batch)
     heads = problem.batch * problem.q_heads
-    if max(rows, problem.k_len + problem.q_len, heads, heads * (rows // 16 + 1), heads * (problem.k_len // 16 + 1)) >= limit:
-        raise ValueError(f"the Triton kernels take fewer than 2**31 rows and tiles, got {problem}")
+    tiles = heads * (max(rows, problem.k_len) // 16 + 1)
+    if max(rows, problem.k_len, heads) >= _FAR or tiles >= _HIGH:
+        raise ValueError(f"the Triton kernels take fewer than 2**30 rows and keys and 2**31 tiles, got {problem}")
     if splits(problem) > _LARGEST_GRID_Y:
         raise ValueError(f"the Triton kernels take at most {_LARGEST_GRID_Y} splits of their keys, got {problem}")
 
@@ -249,7 +253,7 @@ def _described(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
         _group(problem),
         q_len,
         k_len,
-        *_interval(problem),
+        *(_widths(problem.mask) if problem.ragged else _interval(problem.mask, q_len, k_len)),
         min(max(shift, -_FAR), _FAR),
         problem.scale,
         problem.softcap,
@@ -270,16 +274,17 @@ def _described(problem: Problem, inputs: Inputs) -> tuple[Any, ...]:
     )
 
 
-def _interval(problem: Problem) -> tuple[int, int]:
-    """low and high of the keys [q + low, q + high) that row q sees, clamped where no row can tell; of sequences without
-    their shifts."""
-    mask, q_len, k_len = problem.mask, problem.q_len, problem.k_len
-    if problem.ragged:
-        low = _LOW if mask.left is None else max(-mask.left, _LOW)
-        return low, _HIGH if mask.right is None else min(mask.right + 1, _HIGH)
+def _interval(mask: IntervalMask, q_len: int, k_len: int) -> tuple[int, int]:
+    """low and high of the keys [q + low, q + high) that row q sees; clamped where no row can tell."""
     low = -q_len if mask.left is None else mask.shift - mask.left
     high = k_len if mask.right is None else mask.shift + mask.right + 1
     return min(max(low, -q_len), k_len), min(max(high, -q_len), k_len)
+
+
+def _widths(mask: IntervalMask) -> tuple[int, int]:
+    """low and high of sequences that have shifts of their own."""
+    low = _LOW if mask.left is None else max(-mask.left, _LOW)
+    return low, _HIGH if mask.right is None else min(mask.right + 1, _HIGH)
 
 
 def _signed(word: int) -> int:

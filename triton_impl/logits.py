@@ -74,7 +74,12 @@ def to_logits(
         b_s -= b_slope * tl.abs((by_row(rows.o_diagonal, KEYS_FIRST) - o_k).to(tl.float32))
     if flags.bias != "none":
         bias = problem.bias
-        p_row = bias.data + place.i_b.to(tl.int64) * bias.batch + o_h.to(tl.int64) * bias.head + o_q.to(tl.int64) * bias.query
+        p_row = (
+            bias.data
+            + place.i_b.to(tl.int64) * bias.batch
+            + o_h.to(tl.int64) * bias.head
+            + o_q.to(tl.int64) * bias.query
+        )
         p_bias = p_row + o_k.to(tl.int64) * bias.key
         b_bias = tl.load(p_bias, mask=(o_k < problem.k_len) & (o_q >= 0), other=0)
         if flags.bias == "bool":
@@ -102,9 +107,10 @@ def unhidden(rows, k_begin, problem, flags: tl.constexpr, N: tl.constexpr, KEYS_
     """What the block map shows the rows of the keys [k_begin, k_begin + N)."""
     o_c = k_begin + _PIECE * tl.arange(0, N // _PIECE)[None, :]
     o_q = rows.o_q[:, None]
-    p_map, q_blocks, k_blocks = block_map_at(rows.o_b, rows.o_h, problem, flags)
+    p_map, _, k_blocks = block_map_at(rows.o_b, rows.o_h, problem, flags)
     i_block = (o_q // flags.block_q).to(tl.int64) * k_blocks + o_c // flags.block_k
-    b_entry = tl.load(p_map[:, None] + i_block, mask=o_c // flags.block_k < k_blocks, other=0)  # [M, N / 16]
+    m_in = (o_c // flags.block_k < k_blocks) & (o_q >= 0)
+    b_entry = tl.load(p_map[:, None] + i_block, mask=m_in, other=0)  # [M, N / 16]
     b_entry = known(b_entry, problem)
     o_column = o_c % flags.block_k
     o_row = (b_entry - 2).to(tl.int64) * flags.block_q + o_q % flags.block_q

@@ -14,12 +14,10 @@ import triton.language as tl
 from .problem import (
     FAR,
     SEQUENCE_FIELDS,
-    UNBOUNDED_HIGH,
-    UNBOUNDED_LOW,
     clamp,
     group_of,
     member_of,
-    relative,
+    shifted,
 )
 
 _MEMBERS_AT_ONCE = tl.constexpr(64)
@@ -55,7 +53,7 @@ class Rows(NamedTuple):
     m_r: Any  # which there are
     o_b: Any  # sequences
     o_h: Any
-    o_q: Any  # in their sequences
+    o_q: Any  # in their sequences; -FAR for a row that there is not
     o_row: Any  # in the tensor
     o_number: Any  # in lse and delta
     limits: Any
@@ -73,8 +71,7 @@ def _first_keys(offset, problem, flags: tl.constexpr):
 
 @triton.jit
 def _limits(shift, offset, problem, flags: tl.constexpr):
-    low = relative(problem.low, shift, problem, UNBOUNDED_LOW)
-    high = relative(problem.high, shift, problem, UNBOUNDED_HIGH)
+    low, high = shifted(problem.low, shift, problem), shifted(problem.high, shift, problem)
     return Limits(low, high, _first_keys(offset, problem, flags))
 
 
@@ -117,15 +114,14 @@ def place_of(i_b, i_kv, problem, flags: tl.constexpr):
         place = _of_group(i_b, i_kv, problem, flags)
     else:
         limits = Limits(problem.low, problem.high, problem.first_keys)
-        place = Place(
-            i_b, i_kv, 0, problem.q_len, 0, problem.k_len, i_b, problem.group, limits, limits, problem.shift
-        )
+        place = Place(i_b, i_kv, 0, problem.q_len, 0, problem.k_len, i_b, problem.group, limits, limits, problem.shift)
     return place
 
 
 @triton.jit
 def _first_tile(problem, i_group, M: tl.constexpr):
-    """Where a group's row tiles begin, so that a tile's group is found by bisection: at most one tile a group is empty."""
+    """Where a group's row tiles begin: its place among the members gives it, so that a tile's group is found by
+    bisection; at most one tile a group is empty."""
     begin = clamp(tl.load(problem.tables.member_begin + i_group), 0, problem.batch)
     return begin * problem.q_len * problem.group // M + i_group
 
@@ -173,7 +169,10 @@ def query_of(r, place, problem, flags: tl.constexpr):
 
 @triton.jit
 def describe(o_r, place, problem, flags: tl.constexpr):
-    """The packed rows o_r. A row past the last is taken for the last: what it reads exists, what it gives nobody keeps.
+    """The packed rows o_r.
+
+    A row past the last is taken for the last: what it reads exists, what it gives nobody keeps. But its query lies so
+    far before all keys that it sees none: it is loaded as zeros, and zeros times an infinite key are NaN.
     """
     count = row_count(place, problem, flags)
     m_r = o_r < count
@@ -202,4 +201,4 @@ def describe(o_r, place, problem, flags: tl.constexpr):
     if flags.packed:
         i_entry = o_b * 0
     o_number = (i_entry.to(tl.int64) * problem.kv_heads * problem.group + o_h) * length + o_row
-    return Rows(m_r, o_b, o_h, o_q, o_row, o_number, limits, o_diagonal)
+    return Rows(m_r, o_b, o_h, tl.where(m_r, o_q, -FAR), o_row, o_number, limits, o_diagonal)

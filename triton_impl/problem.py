@@ -12,9 +12,6 @@ UNSPECIALIZED = [
     "kv_heads", "group", "q_len", "k_len", "low", "high", "shift", "slopes_batch", "threshold", "key0", "key1",
     "first_keys", "batch", "groups", "q_rows", "k_rows", "bitmaps", "page", "page_width", "pages",
 ]  # fmt: skip
-# Widths of windows over ragged sequences that are no limit.
-UNBOUNDED_LOW = tl.constexpr(-(2**31))
-UNBOUNDED_HIGH = tl.constexpr(2**31 - 1)
 # Distances past this are no longer told apart; positions stay within 32 bits.
 FAR = tl.constexpr(2**30)
 SEQUENCE_FIELDS = tl.constexpr(6)
@@ -71,8 +68,7 @@ class Tables(NamedTuple):
 class Problem(NamedTuple):
     """What a problem has at run time. Row q sees the keys [q + low, q + high), and the first keys before its last.
 
-    Of ragged sequences q_len and k_len are the longest, low and high leave out the shift, and UNBOUNDED_LOW and
-    UNBOUNDED_HIGH are no limit.
+    Of ragged sequences q_len and k_len are the longest, and low and high leave out the shift.
     """
 
     kv_heads: Any
@@ -123,7 +119,7 @@ def group_of(problem, i_group):
 
 
 @triton.jit
-def relative(limit, shift, problem, UNBOUNDED: tl.constexpr):
+def shifted(limit, shift, problem):
     """low or high of a sequence whose row 0 has its diagonal at key `shift`; clamped where no row can tell."""
-    limit = limit.to(tl.int64) + shift.to(tl.int64) * (limit != UNBOUNDED).to(tl.int64)
+    limit = limit.to(tl.int64) + shift.to(tl.int64)
     return clamp(limit, -problem.q_len.to(tl.int64), problem.k_len.to(tl.int64)).to(tl.int32)

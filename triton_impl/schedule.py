@@ -68,8 +68,10 @@ def row_schedule(q_first, q_last, place, flags: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def column_schedule(k_begin, place, problem, flags: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The tiles of packed rows that see any of the keys [k_begin, k_begin + N), and those that see them all; a tile with
-    rows past the last is not one of them."""
+    """The tiles of packed rows that see any of the keys [k_begin, k_begin + N), and those that see them all.
+
+    A tile with rows past the last is not one of them.
+    """
     k_end = k_begin + N
     q_len, k_len, step = place.q_len, place.k_len, problem.group
     if flags.members:
@@ -145,8 +147,10 @@ def block_map_at(o_b, o_h, problem, flags: tl.constexpr):
 
 @triton.jit
 def _sights(o_j, q_first, q_last, k_first, k_last, place, problem, flags: tl.constexpr):
-    """Of WALK tiles, of queries [q_first, q_last] and keys [k_first, k_last] each, which are seen by some row, and which
-    by all wholly, as the block map has it."""
+    """Of WALK tiles which the block map shows to some row, and which wholly to all of them.
+
+    [q_first, q_last], [k_first, k_last]: their queries and keys.
+    """
     q_block, q_blocks_each = q_first // flags.block_q, q_last // flags.block_q - q_first // flags.block_q + 1
     k_block, k_blocks_each = k_first // flags.block_k, k_last // flags.block_k - k_first // flags.block_k + 1
     across_q, across_k = tl.max(q_blocks_each, 0), tl.max(k_blocks_each, 0)
@@ -184,7 +188,9 @@ def _chunk(o_j, m_seen, m_whole, tiles, FULL: tl.constexpr):
 
 
 @triton.jit
-def row_chunk(i_chunk, tiles, q_first, q_last, place, problem, flags: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr):
+def row_chunk(
+    i_chunk, tiles, q_first, q_last, place, problem, flags: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr
+):
     """Which of the key tiles [WALK * i_chunk, + WALK) the rows of the queries [q_first, q_last] visit: see _chunk."""
     o_j = i_chunk * WALK + tl.arange(0, WALK)
     k_first = o_j * N

@@ -35,6 +35,11 @@ class View(NamedTuple):
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def rows_of(view, i_b, o_h, o_q):
     """Addresses of rows: batch entry, heads, positions."""
     return view.data + (i_b.to(tl.int64) * view.batch + o_h.to(tl.int64) * view.head + o_q.to(tl.int64) * view.row)
@@ -75,22 +80,22 @@ def load_tile(p_rows, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl
 
 
 @triton.jit
-def dot(b_a, b_b, b_sums, PRECISION: tl.constexpr):
+def dot(b_a, b_b, b_sums, flags: tl.constexpr):
     """sums + a . b"""
     if INTERPRETED:  # the interpreter takes bfloat16 for integers here; float32 holds the same numbers
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_sums, input_precision=PRECISION)
+    return tl.dot(b_a, b_b, b_sums, input_precision=flags.precision)
 
 
 @triton.jit
-def multiply_rows(b_own, b_stream, PRECISION: tl.constexpr):
+def multiply_rows(b_own, b_stream, flags: tl.constexpr):
     """own . stream, summed over the head dim: S = Q K^T, dP = dO V^T."""
     b_sums = tl.zeros([b_own.shape[0], b_stream.shape[0]], tl.float32)
-    return dot(b_own, tl.trans(b_stream), b_sums, PRECISION)
+    return dot(b_own, tl.trans(b_stream), b_sums, flags)
 
 
 @triton.jit
-def multiply_columns(b_sums, b_weights, b_stream, i_pass, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+def multiply_columns(b_sums, b_weights, b_stream, i_pass, CAREFUL: tl.constexpr, flags: tl.constexpr):
     """sums + weights . stream, summed over the stream's rows: O += P V, dQ += dS K."""
     b_weights = b_weights.to(b_stream.dtype)
     if CAREFUL:
@@ -102,7 +107,7 @@ def multiply_columns(b_sums, b_weights, b_stream, i_pass, CAREFUL: tl.constexpr,
         b_w = tl.where(i_pass == FINITE, b_w, tl.where(b_w * b_sign > 0, 1.0, 0.0))
         b_x = tl.where(i_pass == FINITE, tl.where(m_finite, b_x, 0.0), tl.where(m_counts, 1.0, 0.0))
         b_weights, b_stream = b_w.to(b_stream.dtype), b_x.to(b_stream.dtype)
-    return dot(b_weights, b_stream, b_sums, PRECISION)
+    return dot(b_weights, b_stream, b_sums, flags)
 
 
 @triton.jit
@@ -116,9 +121,7 @@ def has_nonfinite(b_sums):
 
 
 @triton.jit
-def store_sums(
-    p_rows, m_rows, b_sums, b_factor, i_pass, DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr
-):
+def store_sums(p_rows, m_rows, b_sums, b_factor, i_pass, DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr):
     """Writes sums times factor, or, ADDS, adds them to what is there; in a pass that counts, adds inf or -inf to what
     the count names."""
     p_tile, m_tile = tile_at(p_rows, m_rows, DIM, BLOCK)
