@@ -193,3 +193,22 @@ def test_infinite_logits(engine: str) -> None:
     rest = value[:, :, [0, 2, 3]].mean(2, keepdim=True).expand_as(out)
     torch.testing.assert_close(out, rest)
     torch.testing.assert_close(lse, torch.full_like(lse, 3.0).log())
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("queries", [1, 130])
+def test_rows_past_the_last_meet_infinite_keys(queries: int, softcap: float, engine: str) -> None:
+    """Kernels that fill up a tile of rows with zeros must not multiply them with the key: 0 * inf."""
+    key, value = torch.zeros(1, 1, 64, 16), torch.randn(1, 1, 64, 16, requires_grad=True)
+    key[0, 0, ::2] = -torch.inf
+    out = flashx.attention(torch.ones(1, 1, queries, 16), key, value, softcap=softcap, backend=engine)
+    out.sum().backward()
+    assert value.grad is not None
+    expected = torch.full((64, 16), queries / 32.0)
+    if softcap:
+        weight = 1 / (1 + torch.tensor(-softcap).exp())
+        expected *= weight
+        expected[::2] = queries / 32 * (1 - weight)
+    else:
+        expected[::2] = 0
+    torch.testing.assert_close(value.grad[0, 0], expected)

@@ -94,17 +94,18 @@ class Logits {
   FLASHX_DEVICE float unit() const { return kGeneral ? 1.0f : scale_; }
   FLASHX_DEVICE bool drops() const { return kGeneral && problem_.dropout_p > 0; }
 
-  // A row past the last is taken for the last: what it reads exists, what it gives nobody keeps.
+  // A row past the last is taken for the last, so that what it reads exists, but sees nothing.
   FLASHX_DEVICE LogitRow row(uint32_t packed) const {
     const uint32_t r = smaller(packed, place_.rows() - 1);
+    LogitRow row{};
     if constexpr (kGeneral) {
-      return row(place_.row(r));
+      row = this->row(place_.row(r));
     } else {
       const Limits limits = place_.limits(r, r);
-      LogitRow row{};
       row.low_key = static_cast<int>(limits.lo_min), row.high_key = static_cast<int>(limits.hi_min);
-      return row;
     }
+    if (r != packed) row.high_key = 0;
+    return row;
   }
   FLASHX_DEVICE LogitRow row(const QueryRow& its) const {
     constexpr int64_t kFar = 1 << 30;

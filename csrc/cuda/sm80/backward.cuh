@@ -127,8 +127,11 @@ struct GradKeyValue {
     auto walk = make_walk<kGeneral>(
         end,
         [&](int j) {
-          const uint32_t row = static_cast<uint32_t>(j) * kStream;
-          return place.sight(row, smaller(row + kStream, place.rows()) - 1, k_begin, k_begin + kOwn);
+          const uint32_t row = static_cast<uint32_t>(j) * kStream, rows = place.rows();
+          Sight sight = place.sight(row, smaller(row + kStream, rows) - 1, k_begin, k_begin + kOwn);
+          // Rows past the last are zeros, and against an infinite key their scores NaN: they must be hidden.
+          sight.whole &= row + kStream <= rows;
+          return sight;
         },
         [](int j) { return j; });
     const Logits<kGeneral> logits(problem, place);
@@ -142,9 +145,12 @@ struct GradKeyValue {
           const uint32_t row_ends = stage + 2 * StreamTile::kBytes;
           RowEnd row_end;
           if constexpr (kGeneral) {
-            const QueryRow its = place.row(smaller(row + r, place.rows() - 1));
-            row_end = row + r < place.rows() ? RowEnd::of(params.tensors, place.number(its)) : RowEnd::none();
-            RowTable(row_ends + kEndBytes).put(r, logits.row(its));
+            const bool is = row + r < place.rows();
+            const QueryRow its = place.row(is ? row + r : place.rows() - 1);
+            row_end = is ? RowEnd::of(params.tensors, place.number(its)) : RowEnd::none();
+            LogitRow logit_row = logits.row(its);
+            if (!is) logit_row.high_key = 0;
+            RowTable(row_ends + kEndBytes).put(r, logit_row);
           } else {
             row_end = RowEnd::of(params.tensors, place, row + r);
           }
