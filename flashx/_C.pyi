@@ -1,8 +1,9 @@
 """csrc/bindings/module.cpp."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+_Strides = tuple[int, int, int]
 _View = tuple[int, int, int, int]
 _Carry = tuple[int, int, int, bool] | None
 
@@ -44,6 +45,13 @@ class Problem:
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isas() -> list[str]: ...
+
+class CpuCall:
+    def __init__(
+        self, problem: Problem, isa: str, query: _Strides, key: _Strides, value: _Strides, out: _Strides
+    ) -> None: ...
+    def __call__(self, query: int, key: int, value: int, out: int, threads: int, carry: _Carry = ...) -> None: ...
+
 def cpu_forward(
     problem: Problem,
     isa: str,
@@ -73,6 +81,10 @@ def cpu_backward(
     grad_bias: int,
     adds_grad_query: bool,
 ) -> None: ...
+def cpu_multiply_adds(
+    isa: str, unit: Literal["fp32", "bf16_pairs", "bf16_tiles"], rounds: int, threads: int
+) -> float: ...
+def cpu_read(isa: str, words: int, count: int, threads: int) -> int: ...
 
 class Machine(Protocol):
     """cuda and cuda_emulated: submodules of the builds that have them."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from . import dispatch, ops
+from . import dispatch, ops, quick
 from .block_mask import BlockMask
 from .problem import Problem, accumulation_dtype, check_dense
 
@@ -153,6 +153,18 @@ def attention(
         >>> flashx.attention(q, k, v, causal=True).shape
         torch.Size([1, 8, 128, 64])
     """
+    repeated = None
+    if (
+        block_mask is None and bias is None and alibi_slopes is None and sinks is None and not return_lse
+        and type(dropout_p) is float and dropout_p == 0.0 and type(causal) is bool and type(softcap) is float
+        and (scale is None or type(scale) is float) and (window is None or is_plain_window(window))
+        and not torch.compiler.is_dynamo_compiling()
+    ):  # fmt: skip
+        repeated = quick.key_of(("attention", causal, window, softcap, scale, backend), query, key, value)
+        if repeated is not None:
+            known = quick.run(repeated, query, key, value)
+            if known is not None:
+                return known
     if isinstance(query, torch.Tensor) and query.is_nested:
         from .nested import attention_nested  # imports this module
 
@@ -178,7 +190,15 @@ def attention(
         backend,
     )
     out, lse = torch.ops.flashx.attention(*arguments)
+    if repeated is not None and quick.came_before(repeated):
+        problem, inputs, chosen = ops.described(arguments)
+        quick.keep(repeated, [(problem, inputs)], chosen, (query, key, value), out)
     return AttentionResult(out, lse) if return_lse else out
+
+
+def is_plain_window(window: Any) -> bool:
+    """A window that is its own key: 1.0 and True equal 1, but are no widths."""
+    return type(window) is tuple and all(width is None or type(width) is int for width in window)
 
 
 def explain(*arguments: Any, **options: Any) -> Explanation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -87,19 +88,25 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     Raises:
         ValueError: unknown name; or no backend (or not the named one) can run the problem.
     """
+    return choose_for_all((problem,), name)
+
+
+def choose_for_all(problems: Sequence[Problem], name: str | None = None) -> Backend:
+    """As ``choose``, of problems that must have the same backend."""
     check_name(name)
     reasons: dict[str, list[str]] = {}
     for candidate, backend in BACKENDS.items():
         if not (backend.AUTOMATIC if name is None else candidate == name):
             continue
-        reasons[candidate] = backend.why_not(problem)
+        reasons[candidate] = list(dict.fromkeys(why for problem in problems for why in backend.why_not(problem)))
         if reasons[candidate]:
             continue
         if name is None and candidate == reference.NAME:
             # That a backend is made for another device is no news.
-            here = (why for other, why in reasons.items() if problem.device == BACKENDS[other].DEVICE)
+            here = (why for other, why in reasons.items() if problems[0].device == BACKENDS[other].DEVICE)
             why = "; ".join(reason for why in here for reason in why)
             warnings.warn(f"flashx runs naive attention, slow and of size Lq x Lk: {why}", stacklevel=2)
         return backend
     lines = [f"  {candidate}: {'; '.join(why)}" for candidate, why in reasons.items()]
-    raise UnsupportedError("\n".join([f"no backend runs this problem: {problem}", *lines]))
+    described = "\n".join(str(problem) for problem in problems)
+    raise UnsupportedError("\n".join([f"no backend runs this problem: {described}", *lines]))

@@ -25,7 +25,8 @@ from .masks import IntervalMask
 from .ops import empty_in_layout_of, last_contiguous, library
 from .problem import Carry, Gradients, Inputs, Problem, accumulation_dtype
 
-# Lists have an element for each level, root first; members and member_begin one less, since the last level has none.
+# Lists have an element for each level, root first; members and member_begin one less, since the last level has none, or
+# none at all, where every group is one sequence.
 _LEVELS = (
     "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] sequences, Tensor[] members, Tensor[] member_begins, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? block_map, Tensor? block_bits, SymInt? window_left, "
@@ -46,9 +47,10 @@ def described(arguments: Sequence[Any]) -> list[tuple[Problem, Inputs]]:
     """The problem of each level, checked."""
     (query, keys, values, sequences, members, begins, alibi, sinks, block_map, block_bits, left, right, first,
      block_q, block_k, scale, softcap, _) = arguments  # fmt: skip
-    if not len(keys) == len(values) == len(sequences) == len(members) + 1 == len(begins) + 1:
+    grouped = len(keys) - 1 if members else 0
+    if not len(keys) == len(values) == len(sequences) or not len(members) == len(begins) == grouped:
         raise ValueError(
-            f"levels must have keys, values and sequences each, and members all but the last, got "
+            f"levels must have keys, values and sequences each, and members all but the last or none, got "
             f"{len(keys)}, {len(values)}, {len(sequences)} and {len(members)}, {len(begins)}"
         )
     mask = IntervalMask(left, right, 0, first)
@@ -59,7 +61,7 @@ def described(arguments: Sequence[Any]) -> list[tuple[Problem, Inputs]]:
             last_contiguous(query), last_contiguous(key), last_contiguous(value), None,
             None if alibi is None else alibi.contiguous(), sinks if last else None, None,
             block_map if last else None, block_bits if last else None, table,
-            None if last else members[i], None if last else begins[i],
+            members[i] if i < grouped else None, begins[i] if i < grouped else None,
         )  # fmt: skip
         if table.shape[0] != query.shape[0]:
             raise ValueError(f"sequences must have a row for each of {query.shape[0]} sequences, got {table.shape[0]}")
@@ -69,10 +71,7 @@ def described(arguments: Sequence[Any]) -> list[tuple[Problem, Inputs]]:
 
 def choose(levels: Sequence[tuple[Problem, Inputs]], name: str | None) -> dispatch.Backend:
     """The backend of all levels: states are in its own units."""
-    backends = [dispatch.choose(problem, name) for problem, _ in levels]
-    if any(backend is not backends[-1] for backend in backends):
-        return dispatch.BACKENDS["reference"]
-    return backends[-1]
+    return dispatch.choose_for_all([problem for problem, _ in levels], name)
 
 
 def _outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,18 +142,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(
         query, *keys, *values, *sequences, *members, *begins, alibi, sinks, block_map, block_bits, *output
     )
-    ctx.options, ctx.levels = options, len(keys)
+    ctx.options, ctx.levels, ctx.grouped = options, len(keys), len(members)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
-    n, saved = ctx.levels, ctx.saved_tensors
+    n, grouped, saved = ctx.levels, ctx.grouped, ctx.saved_tensors
     # A list of tensors has a list of gradients.
-    no_tables = ([None] * n, [None] * (n - 1), [None] * (n - 1))
+    no_tables = ([None] * n, [None] * grouped, [None] * grouped)
     nothing = (None,) * (_ARGUMENTS - 8)
     if grad_out is None and grad_lse is None:
         return (None, [None] * n, [None] * n, *no_tables, None, None, *nothing)
-    ends = [1, 1 + n, 1 + 2 * n, 1 + 3 * n, 4 * n, 5 * n - 1]
+    ends = list(itertools.accumulate([n, n, n, grouped, grouped], initial=1))
     lists = [list(saved[begin:end]) for begin, end in itertools.pairwise(ends)]
     *tensors, out, lse = saved[ends[-1] :]
     if grad_out is None:

@@ -116,8 +116,13 @@ def _describe(arguments: Sequence[Any], variant: Sequence[Any]) -> tuple[Problem
     return problem, inputs, dispatch.choose(problem, arguments[-1])
 
 
+def described(arguments: Sequence[Any]) -> tuple[Problem, Inputs, dispatch.Backend]:
+    """What the operator makes of its arguments before it runs."""
+    return _describe(arguments[:_PROBLEM_ARGUMENTS], arguments[_PROBLEM_ARGUMENTS:])
+
+
 def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    problem, inputs, backend = _describe(arguments[:_PROBLEM_ARGUMENTS], arguments[_PROBLEM_ARGUMENTS:])
+    problem, inputs, backend = described(arguments)
     out, lse = _outputs(inputs)
     backend.forward(problem, inputs, out, lse)
     return out, lse

@@ -16,8 +16,9 @@ from . import ops
 from .attention import explain_problem, operator_arguments
 from .block_mask import BlockMask
 from .checks import check_tensor, on_host
+from .dispatch import Backend
 from .prefix_plan import SharedPrefixExplanation, SharedPrefixPlan, TreeExplanation, plan
-from .problem import check_qkv, shape
+from .problem import Inputs, Problem, check_qkv, shape
 from .varlen import sequence_table
 
 
@@ -184,23 +185,30 @@ class SharedPrefixCall:
             problems = [ops.describe(self.one_call(key, value, length))]
         return SharedPrefixExplanation(chosen, tuple(explain_problem(problem, backend) for problem in problems))
 
+    def described(self) -> tuple[list[tuple[Problem, Inputs]], Backend]:
+        """What level_attention makes of its arguments before it runs."""
+        levels = level_operator.described(self.levels())
+        return levels, level_operator.choose(levels, self.options.backend)
+
     def levels(self) -> tuple[Any, ...]:
         """Arguments of level_attention: the groups, then every sequence for itself."""
         batch, q_len = self.query.shape[0], self.query.shape[2]
         groups, _, prefix_len, _ = self.prefix_key.shape
-        lens = self.key.shape[2] if self.suffix_lens is None else self.suffix_lens
-        device = self.query.device
-        tables = torch.zeros(2, batch, 6, dtype=torch.int32, device=device)
-        tables[..., 1] = q_len
-        tables[0, :, 3] = prefix_len
-        tables[0, :, 4] = lens + (prefix_len - q_len)
-        tables[1, :, 3] = lens
-        tables[1, :, 4] = lens - q_len
-        tables[1, :, 5] = prefix_len
-        members = torch.arange(batch, dtype=torch.int32, device=device)
-        begin = torch.arange(groups + 1, dtype=torch.int32, device=device) * (batch // groups)
+        device, lens, longest = self.query.device, self.suffix_lens, self.key.shape[2]
+        rows = [
+            [0, q_len, 0, prefix_len, longest + prefix_len - q_len, 0],
+            [0, q_len, 0, longest, longest - q_len, prefix_len],
+        ]
+        tables = torch.tensor(rows, dtype=torch.int32, device=device)[:, None].repeat(1, batch, 1)
+        if lens is not None:
+            tables[..., 4] += lens - longest
+            tables[1, :, 3] = lens
+        members, begins = [], []
+        if groups < batch:
+            members = [torch.arange(batch, dtype=torch.int32, device=device)]
+            begins = [torch.arange(0, batch + 1, batch // groups, dtype=torch.int32, device=device)]
         keys, values = [self.prefix_key, self.key], [self.prefix_value, self.value]
-        return self.options.levels(self.query, keys, values, [tables[0], tables[1]], [members], [begin])
+        return self.options.levels(self.query, keys, values, [tables[0], tables[1]], members, begins)
 
     def one_call(self, key: torch.Tensor, value: torch.Tensor, prefix_len: int) -> tuple[Any, ...]:
         """Arguments of attention over sequences that begin with prefix_len keys that they do not share."""

@@ -15,7 +15,8 @@ from typing import Literal, overload
 
 import torch
 
-from .attention import EXPLAINERS, AttentionResult
+from . import quick
+from .attention import EXPLAINERS, AttentionResult, is_plain_window
 from .block_mask import BlockMask
 from .prefix_calls import PrefixLevel, SharedPrefixCall, TreeCall, checked_options
 from .prefix_plan import SharedPrefixExplanation, TreeExplanation
@@ -119,11 +120,27 @@ def shared_prefix_attention(
         >>> flashx.shared_prefix_attention(query, prefix, prefix, suffix, suffix).shape
         torch.Size([16, 32, 1, 64])
     """
-    options = checked_options(
+    repeated = None
+    if (
+        suffix_lens is None and block_mask is None and alibi_slopes is None and sinks is None and not return_lse
+        and type(causal) is bool and type(sink_tokens) is int and type(softcap) is float
+        and (scale is None or type(scale) is float) and (window is None or is_plain_window(window))
+        and not torch.compiler.is_dynamo_compiling()
+    ):  # fmt: skip
+        options = ("shared_prefix_attention", causal, window, sink_tokens, softcap, scale, backend)
+        repeated = quick.key_of(options, query, prefix_key, prefix_value, key, value)
+        if repeated is not None:
+            known = quick.run(repeated, query, prefix_key, prefix_value, key, value)
+            if known is not None:
+                return known
+    checked = checked_options(
         query, key, value, causal, window, block_mask, alibi_slopes, softcap, sinks, scale, backend, sink_tokens
     )
-    call = SharedPrefixCall.checked(query, prefix_key, prefix_value, key, value, suffix_lens, options)
+    call = SharedPrefixCall.checked(query, prefix_key, prefix_value, key, value, suffix_lens, checked)
     out, lse = call.run()
+    if repeated is not None and call.plan().form == "levels" and quick.came_before(repeated):
+        levels, chosen = call.described()
+        quick.keep(repeated, levels, chosen, (query, call.prefix_key, call.prefix_value, key, value), out)
     return AttentionResult(out, lse) if return_lse else out
 
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <iterator>
 #include <optional>
@@ -9,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/philox.h"
@@ -117,7 +119,42 @@ void bind_problem(py::module_& m) {
       });
 }
 
+// A forward on the CPU, bound to everything but addresses. A batch entry's, a head's and a row's strides make a
+// PyView's.
+class CpuCall {
+ public:
+  using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+  CpuCall(const Problem& problem, const std::string& isa, const Strides& query, const Strides& key,
+          const Strides& value, const Strides& out)
+      : problem_(problem),
+        forward_(cpu_kernels(isa).forward),
+        tensors_{strided(query), strided(key), strided(value), strided(out), nullptr, {}} {}
+
+  void operator()(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, int threads,
+                  const PyCarry& state) const {
+    ForwardTensors tensors = tensors_;
+    tensors.carry = carry(state);
+    tensors.query.data = pointer(query), tensors.key.data = pointer(key);
+    tensors.value.data = pointer(value), tensors.out.data = pointer(out);
+    py::gil_scoped_release release;
+    forward_(problem_, tensors, threads);
+  }
+
+ private:
+  static View strided(const Strides& s) { return {nullptr, std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
+
+  Problem problem_;
+  void (*forward_)(const Problem&, const ForwardTensors&, int);
+  ForwardTensors tensors_;
+};
+
 void bind_cpu(py::module_& m) {
+  py::class_<CpuCall>(m, "CpuCall")
+      .def(py::init<const Problem&, const std::string&, const CpuCall::Strides&, const CpuCall::Strides&,
+                    const CpuCall::Strides&, const CpuCall::Strides&>())
+      .def("__call__", &CpuCall::operator(), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"),
+           py::arg("threads"), py::arg("carry") = std::nullopt);
   m.def("cpu_isas", &cpu_isas);
   m.def("cpu_forward",
         [](const Problem& problem, const std::string& isa, int threads, const PyView& query, const PyView& key,
@@ -140,6 +177,32 @@ void bind_cpu(py::module_& m) {
           py::gil_scoped_release release;
           kernels.backward(problem, tensors, threads);
         });
+  const auto at_least = [](const char* name, int64_t value, int64_t least) {
+    if (value < least) {
+      throw std::invalid_argument(std::string(name) + " must be >= " + std::to_string(least) + ", got " +
+                                  std::to_string(value));
+    }
+  };
+  m.def("cpu_multiply_adds", [at_least](const std::string& isa, const std::string& unit, int64_t rounds, int threads) {
+    at_least("rounds", rounds, 0);
+    at_least("threads", threads, 1);
+    constexpr std::pair<const char*, Unit> units[] = {
+        {"fp32", Unit::Float32}, {"bf16_pairs", Unit::BFloat16Pairs}, {"bf16_tiles", Unit::BFloat16Tiles}};
+    const auto* found = std::find_if(std::begin(units), std::end(units), [&](auto& u) { return unit == u.first; });
+    if (found == std::end(units)) {
+      throw std::invalid_argument("unit must be fp32, bf16_pairs or bf16_tiles, got '" + unit + "'");
+    }
+    const Kernels kernels = cpu_kernels(isa);
+    py::gil_scoped_release release;
+    return kernels.multiply_adds(found->second, rounds, threads);
+  });
+  m.def("cpu_read", [at_least](const std::string& isa, uintptr_t words, int64_t count, int threads) {
+    at_least("count", count, 0);
+    at_least("threads", threads, 1);
+    const Kernels kernels = cpu_kernels(isa);
+    py::gil_scoped_release release;
+    return kernels.read(table<uint32_t>(words), count, threads);
+  });
 }
 
 // One machine that runs csrc/cuda: _C.cuda or _C.cuda_emulated.

@@ -142,7 +142,7 @@ struct Carry {
 
 struct ForwardTensors {
   View query, key, value, out;
-  void* lse;  // (batch, q_heads, q_len), accumulation dtype
+  void* lse;  // (batch, q_heads, q_len), accumulation dtype; on the CPU null if nobody wants it
   Carry carry = {};
 };
 

@@ -19,10 +19,12 @@ struct RowResult {
 
   // unit brings scores to natural units.
   FLASHX_CORE static RowResult from(T max, T sum, T unit) {
-    if (sum == T(0)) return {T(0), -std::numeric_limits<T>::infinity()};
+    if (sum == T(0)) return {scale_of(sum), -std::numeric_limits<T>::infinity()};
     const double log_sum = std::log(static_cast<double>(sum));
-    return {T(1) / sum, static_cast<T>(static_cast<double>(max) * static_cast<double>(unit) + log_sum)};
+    return {scale_of(sum), static_cast<T>(static_cast<double>(max) * static_cast<double>(unit) + log_sum)};
   }
+  // out_scale alone: logarithms take time.
+  FLASHX_CORE static T scale_of(T sum) { return sum == T(0) ? T(0) : T(1) / sum; }
 };
 
 // The backward's weights are exp(logit - backward_lse(lse)): an empty row (lse -inf) gives weights 0, not inf.

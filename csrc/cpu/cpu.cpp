@@ -91,19 +91,29 @@ constexpr Isa kIsas[] = {
     {"plain", plain::kernels, [] { return true; }},
 };
 
+// Asked once: cpuid takes tens of microseconds on a virtual machine.
+const std::vector<Isa>& usable_isas() {
+  static const std::vector<Isa> usable = [] {
+    std::vector<Isa> found;
+    for (const Isa& isa : kIsas) {
+      if (isa.usable()) found.push_back(isa);
+    }
+    return found;
+  }();
+  return usable;
+}
+
 }  // namespace
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : kIsas) {
-    if (isa.usable()) names.push_back(isa.name);
-  }
+  for (const Isa& isa : usable_isas()) names.push_back(isa.name);
   return names;
 }
 
 Kernels cpu_kernels(const std::string& name) {
-  for (const Isa& isa : kIsas) {
-    if (name == isa.name && isa.usable()) return isa.kernels();
+  for (const Isa& isa : usable_isas()) {
+    if (name == isa.name) return isa.kernels();
   }
   throw std::invalid_argument("isa must be one that this machine runs, got '" + name + "'");
 }

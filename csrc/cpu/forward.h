@@ -2,11 +2,13 @@
 // Data movement: a row tile's Q and O stay in the L2 cache; each visible key tile is read once per row tile,
 // so K and V are read ceil(rows / kRowBlocks / kBlockLanes) times, Q and O once. Nothing of size Lq x Lk
 // exists.
-// A sequence with few rows and many keys (decoding) is cut at multiples of kSplitKeys; the parts' states are then
+// A row block of a few rows (decoding) has its own products, with dims as lanes (few.h), and keeps its sums by row.
+// A sequence with few rows and many keys is cut at multiples of kSplitKeys; the parts' states are then
 // merged in order. Where cuts are depends on the positions of keys alone, so a sequence's bits do not depend on its
 // batch.
 #pragma once
 
+#include "cpu/few.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/poison.h"
@@ -33,6 +35,8 @@ class Forward {
   using Op = Operands<W>;
   static constexpr int kRowBlocks = 4;
   static constexpr int ld = kBlockLanes<W>;
+  static constexpr int kFew = smaller(kFewRows, ld);
+  static constexpr int kFewLanes = static_cast<int>(round_up(kFew, kLanes<T>));
 
  public:
   static constexpr int kRows = kRowBlocks * ld;
@@ -47,7 +51,7 @@ class Forward {
         value_dim_(static_cast<int>(round_up(problem.value_dim, Op::kPad))),
         arena_(bytes()),
         logits_(problem, arena_) {
-    const int keys = tile_room<W>(problem);
+    const int keys = score_room();
     key_ = arena_.take<W>(keys * dim_);
     value_ = arena_.take<W>(keys * value_dim_);
     value_room_ = arena_.take<W>(Op::room(value_dim_, kTileKeys));
@@ -56,6 +60,8 @@ class Forward {
     scores_ = arena_.take<T>(keys * ld);
     scratch_ = arena_.take<T>(ld * value_dim_);
     if (problem.dropout_p > 0) dropout_ = arena_.take<T>(keys * ld);
+    few_query_ = arena_.take<T>(kFew * few_dim());
+    few_scores_ = arena_.take<T>(kFewLanes * kTileKeys);
     for (int i = 0; i < row_blocks(); ++i) {
       states_[i].query = arena_.take<W>(dim_ * ld);
       states_[i].acc = arena_.take<T>(value_dim_ * ld);
@@ -96,6 +102,17 @@ class Forward {
     alignas(64) T sum[ld];
   };
 
+  // Keys that the memory of a tile has room for.
+  int score_room() const { return static_cast<int>(round_up(tile_room<W>(problem_), kLanes<T>)); }
+  // The dims in whole vectors: what a few rows are computed with.
+  int few_dim() const { return static_cast<int>(round_up(problem_.head_dim, kLanes<T>)); }
+  int few_value_dim() const { return static_cast<int>(round_up(problem_.value_dim, kLanes<T>)); }
+
+  // Where a row's sum over the values lies.
+  T& sum_of(State& state, int lane, int d) const {
+    return few_ ? state.acc[lane * few_value_dim() + d] : state.acc[d * ld + lane];
+  }
+
   // Row blocks that a task can have.
   int row_blocks() const {
     return static_cast<int>(smaller<int64_t>(kRowBlocks, ceil_div(RowPacking::most(problem_), ld)));
@@ -123,6 +140,10 @@ class Forward {
   void sweep(const RowPacking& packing, KeyWalk walk, int blocks) {
     const int depth = Op::depth(problem_.head_dim, dim_);
     for (Tile tile; walk.next(tile);) {
+      if (few_) {
+        step_of_few(states_[0], packing, tile);
+        continue;
+      }
       keys_.template find<E>(tensors_.key, packing, tile, problem_.head_dim, key_, dim_);
       values_.template find<E>(tensors_.value, packing, tile, problem_.value_dim, value_, value_dim_);
       poison_.clear();
@@ -170,11 +191,72 @@ class Forward {
     }
   }
 
+  // A tile's step for a block of a few rows.
+  void step_of_few(State& state, const RowPacking& packing, const Tile& tile) {
+    const RowBlock<W>& block = state.block;
+    const KeyRange range = KeyRange::of(block, tile);
+    if (range.padded == 0) return;
+    with_rows(tensors_.key, packing, tile, range, problem_.head_dim, key_, dim_, [&](auto keys) {
+      few_scores(block.count, few_query_, few_dim(), keys, range.count, few_scores_, kTileKeys);
+    });
+    const int keys = static_cast<int>(round_up(range.padded, kLanes<T>));
+    if (!logits_.plain() || !range.full) {
+      transpose(few_scores_, kTileKeys, kFewLanes, keys, scores_, ld);
+      logits_(block, tile, range, scores_, nullptr);
+      transpose(scores_, ld, keys, kFewLanes, few_scores_, kTileKeys);
+    }
+    for (int lane = 0; lane < block.count; ++lane) {
+      std::fill(few_scores_ + lane * kTileKeys + range.padded, few_scores_ + lane * kTileKeys + keys, -kInf<T>);
+      update_row(state, lane, keys);
+    }
+    with_rows(tensors_.value, packing, tile, range, problem_.value_dim, value_, value_dim_, [&](auto values) {
+      if (range.full && logits_.only_masks()) {
+        few_values(block.count, few_scores_, kTileKeys, values, range.count, state.acc, few_value_dim());
+        return;
+      }
+      // Values that a row does not see may be NaN: each row goes over its own.
+      for (int lane = 0; lane < block.count; ++lane) {
+        const T* weights = few_scores_ + lane * kTileKeys;
+        decltype(+*values) seen[kTileKeys];
+        int count = 0;
+        for (int j = 0; j < range.count; ++j) {
+          if (weights[j] != 0) scores_[count] = weights[j], seen[count++] = values[j];
+        }
+        few_values(1, scores_, kTileKeys, seen, count, state.acc + lane * few_value_dim(), few_value_dim());
+      }
+    });
+  }
+
+  // f(pointers to the rows of a range's keys or values): where they are, if their dims are whole vectors, or in copies.
+  // Past the range's count there are as many more as make its padded count whole vectors.
+  template <typename F>
+  void with_rows(const View& view, const RowPacking& packing, const Tile& tile, const KeyRange& range, int dim, W* room,
+                 int64_t room_ld, F f) {
+    constexpr int kRoom = kTileKeys + kLanes<T>;
+    const auto pad = [&](auto at) { std::fill(at + range.count, at + round_up(range.padded, kLanes<T>), at[0]); };
+    if (dim % kLanes<T> == 0) {
+      const E* at[kRoom];
+      const KeyRows rows(packing);
+      tile.runs(range.offset, range.count, [&](int index, int64_t key, int count) {
+        for (int i = 0; i < count; ++i) at[index - range.offset + i] = rows.at<E>(view, key + i);
+      });
+      pad(at);
+      f(static_cast<const E* const*>(at));
+    } else {
+      load_tile<E>(view, packing, tile, dim, room, room_ld);
+      const W* at[kRoom];
+      for (int i = 0; i < range.count; ++i) at[i] = room + (range.offset + i) * room_ld;
+      pad(at);
+      f(static_cast<const W* const*>(at));
+    }
+  }
+
   size_t bytes() const {
-    const int64_t keys = tile_room<W>(problem_);
+    const int64_t keys = score_room();
     const int64_t operands = keys * (dim_ + value_dim_) + Op::room(value_dim_, kTileKeys) + Op::room(keys, ld) +
                              ld * dim_ + row_blocks() * ld * dim_;
-    const int64_t sums = 2 * keys * ld + ld * value_dim_ + row_blocks() * ld * value_dim_;
+    const int64_t few = kFew * few_dim() + kFewLanes * kTileKeys;
+    const int64_t sums = 2 * keys * ld + ld * value_dim_ + row_blocks() * ld * value_dim_ + few;
     return operands * sizeof(W) + sums * sizeof(T) + Logits<W>::bytes(problem_) + 20 * Arena::kAlign;
   }
 
@@ -197,17 +279,32 @@ class Forward {
   int begin(const RowPacking& packing, int64_t first, int64_t count) {
     const int64_t step = kLanes<T> * Op::kVectorStep;
     const int blocks = static_cast<int>(ceil_div(count, ld));
+    // Members are how many they are: a row's bits must not show it.
+    few_ = count <= kFew && !problem_.members && problem_.dropout_p == 0;
     const int64_t share = round_up(ceil_div(count, blocks), step);
     for (int i = 0; i < blocks; ++i) {
       State& state = states_[i];
       const int64_t row = first + i * share;
       state.block.place(problem_, packing, row, static_cast<int>(smaller(share, first + count - row)));
+      clear(state);
+      if (few_) {
+        load_few(state.block);
+        continue;
+      }
       load_rows<E>(tensors_.query, state.block, problem_.head_dim, query_, dim_);
       if (logits_.negates_query()) negate(query_, state.block.vectors * kLanes<T> * dim_);
       Op::right_from_columns(query_, dim_, state.block.vectors * kLanes<T>, dim_, state.query, ld);
-      clear(state);
     }
     return blocks;
+  }
+
+  void load_few(const RowBlock<W>& block) {
+    for (int lane = 0; lane < kFew; ++lane) {
+      const Row& row = block.rows[smaller(lane, block.count - 1)];
+      load_padded_row(tensors_.query.template at<E>(row.b, row.head, row.tensor_row), problem_.head_dim,
+                      few_query_ + lane * few_dim(), few_dim());
+    }
+    if (logits_.negates_query()) negate(few_query_, kFew * few_dim());
   }
 
   void clear(State& state) {
@@ -222,7 +319,7 @@ class Forward {
     for (int lane = 0; lane < state.block.count; ++lane) {
       fits &= state.sum[lane] >= T(0x1p-60) && state.sum[lane] <= T(0x1p60);
     }
-    return fits && !has_nonfinite(state.acc, value_dim_ * ld);
+    return fits && !has_nonfinite(state.acc, few_ ? state.block.count * few_value_dim() : value_dim_ * ld);
   }
 
   // Merges the parts into the states, in order.
@@ -240,7 +337,7 @@ class Forward {
           state.max[lane] = top;
           state.sum[lane] = state.sum[lane] * mine + parts.sum[at] * its;
           for (int d = 0; d < problem_.value_dim; ++d) {
-            T& acc = state.acc[d * ld + lane];
+            T& acc = sum_of(state, lane, d);
             acc = (mine == 0 ? T(0) : acc * mine) + parts.acc[at * problem_.value_dim + d] * its;
           }
         }
@@ -248,12 +345,40 @@ class Forward {
     }
   }
 
-  void suspend(const State& state, const Parts<T>& parts, int64_t index) {
+  void suspend(State& state, const Parts<T>& parts, int64_t index) {
     for (int lane = 0; lane < state.block.count; ++lane) {
       const int64_t at = parts.at(problem_, index, state.block.rows[lane], state.block.first + lane);
       parts.max[at] = state.max[lane], parts.sum[at] = state.sum[lane];
-      for (int d = 0; d < problem_.value_dim; ++d) parts.acc[at * problem_.value_dim + d] = state.acc[d * ld + lane];
+      for (int d = 0; d < problem_.value_dim; ++d) parts.acc[at * problem_.value_dim + d] = sum_of(state, lane, d);
     }
+  }
+
+  // update(), for one of a few rows and whole vectors of keys.
+  void update_row(State& state, int lane, int keys) {
+    constexpr int n = kLanes<T>;
+    const T factor = logits_.factor();
+    T* const scores = few_scores_ + lane * kTileKeys;
+    T shift = state.max[lane];
+    if (!unified_) {
+      Vec<T> top = load(scores);
+      for (int j = n; j < keys; j += n) top = max(top, load(scores + j));
+      const T new_max = larger(largest<T>(top), shift);
+      const T old_max = std::exchange(state.max[lane], new_max);
+      shift = new_max == -kInf<T> ? T(0) : new_max;
+      const Vec<T> rescale = exp2<T>(broadcast((old_max - shift) * factor));
+      if (rescale[0] != 1) {
+        state.sum[lane] *= rescale[0];
+        T* const acc = state.acc + lane * few_value_dim();
+        for (int d = 0; d < few_value_dim(); d += n) store(acc + d, load(acc + d) * rescale);
+      }
+    }
+    Vec<T> total = {};
+    for (int j = 0; j < keys; j += n) {
+      const Vec<T> p = exp2<T>((load(scores + j) - shift) * factor);
+      total += p;
+      store(scores + j, p);
+    }
+    state.sum[lane] += sum<T>(total);
   }
 
   // P^T = exp2((scores - max) * factor), in place; the accumulator is rescaled where the max moved.
@@ -328,9 +453,19 @@ class Forward {
         state.sum[lane] = state.sum[lane] * rescale + std::exp2((sink - shift) * factor);
         state.max[lane] = top;
       }
-      const RowResult<T> result = RowResult<T>::from(state.max[lane], state.sum[lane], unit);
-      static_cast<T*>(tensors_.lse)[problem_.row(row.b, row.head, row.tensor_row)] = result.lse;
-      out_scale[lane] = result.out_scale * rescale;
+      out_scale[lane] = RowResult<T>::scale_of(state.sum[lane]) * rescale;
+      if (!tensors_.lse) continue;
+      static_cast<T*>(tensors_.lse)[problem_.row(row.b, row.head, row.tensor_row)] =
+          RowResult<T>::from(state.max[lane], state.sum[lane], unit).lse;
+    }
+    if (few_) {
+      for (int lane = 0; lane < state.block.count; ++lane) {
+        const Row& row = state.block.rows[lane];
+        T* const acc = state.acc + lane * few_value_dim();
+        for (int d = 0; d < few_value_dim(); d += kLanes<T>) store(acc + d, load(acc + d) * out_scale[lane]);
+        store_row(acc, problem_.value_dim, tensors_.out.template at<E>(row.b, row.head, row.tensor_row));
+      }
+      return;
     }
     store_rows<E>(state.acc, out_scale, state.block, problem_.value_dim, value_dim_, scratch_, tensors_.out);
   }
@@ -339,6 +474,7 @@ class Forward {
   const ForwardTensors& tensors_;
   Parts<T> carry_;
   bool unified_ = false;  // weights are relative to Problem::unified_max
+  bool few_ = false;      // the rows are a few: sums lie by row
   int dim_, value_dim_;   // padded
   typename Op::Unit unit_;
   Arena arena_;
@@ -354,6 +490,8 @@ class Forward {
   T* scores_;        // [key][lane]: S^T, then P^T
   T* scratch_;       // [lane][value dim]
   T* dropout_ = nullptr;
+  T* few_query_;   // [row][dim]
+  T* few_scores_;  // [row][key]: S, then P
 };
 
 template <typename E>
@@ -403,7 +541,8 @@ void forward(const Problem& problem, const ForwardTensors& tensors, int threads)
       }
     });
   });
-  parallel<Kernel>(threads, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
+  const int mergers = worth_threads(threads, static_cast<double>(splits * all_rows) * problem.value_dim);
+  parallel<Kernel>(mergers, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
     tile(task, [&](const RowPacking& packing, int64_t first, int64_t count) {
       if (!is_cut(packing)) return;
       const int64_t parts = ceil_div(packing.keys.k_len, Kernel::kSplitKeys);

@@ -118,14 +118,17 @@ void multiply(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld,
 #elif FLASHX_BF16 == 2
 
 // AMX: a tile is 16 rows of 64 bytes; registers 0-3 hold a 32 x 32 block of C, 4-5 of A, 6-7 of B.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
 struct PairUnit {
   PairUnit() {
-    alignas(64) struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
+    // Static, since the compiler takes the instruction to read no more than its first bytes.
+    alignas(64) static constexpr TileConfig kConfig;
+    _tile_loadconfig(&kConfig);
   }
   ~PairUnit() { _tile_release(); }
   PairUnit(const PairUnit&) = delete;

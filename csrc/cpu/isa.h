@@ -3,6 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/probe.h"
 
 namespace flashx::FLASHX_ISA {
 
@@ -31,6 +32,8 @@ Kernels kernels() {
       [](const Problem& problem, const BackwardTensors& tensors, int threads) {
         visit(problem.dtype, [&](auto element) { backward<decltype(element)>(problem, tensors, threads); });
       },
+      multiply_adds,
+      read,
   };
 }
 

@@ -5,9 +5,16 @@
 
 namespace flashx {
 
+// What multiplies and adds: float32 vectors, vectors of bfloat16 pairs, tiles of bfloat16.
+enum class Unit { Float32, BFloat16Pairs, BFloat16Tiles };
+
 struct Kernels {
   void (*forward)(const Problem&, const ForwardTensors&, int threads);
   void (*backward)(const Problem&, const BackwardTensors&, int threads);
+  // cpu/probe.h. Rounds of multiply-adds on every thread: the number of operations, two each; 0 without such a unit.
+  double (*multiply_adds)(Unit, int64_t rounds, int threads);
+  // The sum of all words, modulo 2^32.
+  uint32_t (*read)(const uint32_t* words, int64_t count, int threads);
 };
 
 }  // namespace flashx

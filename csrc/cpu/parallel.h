@@ -14,11 +14,16 @@ namespace flashx::FLASHX_ISA {
 // Fewer multiply-adds than this are done sooner by one thread than shared with a second.
 constexpr double kWorthAThread = 1e5;
 
+// Threads worth waking for so many multiply-adds.
+inline int worth_threads(int threads, double multiply_adds) {
+  const double shares = multiply_adds / kWorthAThread;
+  return shares < threads ? larger(1, static_cast<int>(shares)) : threads;
+}
+
 // Threads worth waking for a product of rows x keys x dim.
 inline int worth_threads(int threads, const Problem& problem) {
   const double pairs = static_cast<double>(problem.batch * problem.q_heads) * problem.q_len * problem.k_len;
-  const double shares = pairs * (problem.head_dim + problem.value_dim) / kWorthAThread;
-  return shares < threads ? larger(1, static_cast<int>(shares)) : threads;
+  return worth_threads(threads, pairs * (problem.head_dim + problem.value_dim));
 }
 
 // body(kernel, task) for every task below `tasks`. An exception (out of memory) ends the work and is thrown

@@ -96,9 +96,14 @@ typedef uint16_t HalfBits __attribute__((vector_size(FLASHX_VECTOR_BYTES / 2)));
 typedef Vec<uint32_t> WordBits;
 
 FLASHX_CORE WordBits widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  // What convertvector becomes is half as fast.
+  return (WordBits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
   HalfBits bits;
   std::memcpy(&bits, p, sizeof bits);
   return __builtin_convertvector(bits, WordBits);
+#endif
 }
 
 FLASHX_CORE void narrow(uint16_t* p, WordBits words) {

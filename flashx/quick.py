@@ -1,0 +1,112 @@
+"""Calls that repeat: what checking and describing a call comes to, kept for the next one like it.
+
+A short attention takes microseconds; checking its arguments and going through torch's dispatcher takes many more. So a
+call on plain CPU tensors that nobody traces, transforms or differentiates, and whose shapes, strides, dtypes and
+options came before, runs kernels that are bound to all of them already. Nothing else changes: a kept call is one that
+has passed every check, and whatever it is bound to is in its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _C
+from .backends import cpu, native
+from .dispatch import Backend
+from .problem import Inputs, Problem, accumulation_dtype
+
+# Kept calls and calls seen once: beyond so many all are forgotten.
+_MOST = 1024
+
+
+class _Kept(NamedTuple):
+    """A call for each level, and the tables that they read."""
+
+    calls: tuple[_C.CpuCall, ...]
+    tables: tuple[Inputs, ...]
+
+
+_kept: dict[Hashable, _Kept] = {}
+_seen: set[Hashable] = set()
+
+
+def key_of(options: Hashable, query: Any, *others: Any) -> Hashable | None:
+    """What a call is kept under; None if it must go through the dispatcher. options: a tuple of plain numbers."""
+    tensors = query, *others
+    differentiates = torch.is_grad_enabled()
+    parts: list[Hashable] = [options, cpu.isa()]
+    try:
+        for tensor in tensors:
+            if type(tensor) is not Tensor or not tensor.is_cpu or (differentiates and tensor.requires_grad):
+                return None
+            parts += tensor.shape, tensor.stride(), tensor.dtype
+    except RuntimeError:  # sparse and nested tensors have no strides
+        return None
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
+    return tuple(parts)
+
+
+def run(key: Hashable, query: Tensor, *keys_and_values: Tensor) -> Tensor | None:
+    """The output of a call that came before, from query, key and value (of each level); None for others."""
+    kept = _kept.get(key)
+    if kept is None or query.is_neg():
+        return None
+    addresses = []
+    for tensor in keys_and_values:
+        addresses.append(tensor.data_ptr())
+        if tensor.is_neg() or not addresses[-1]:  # torch._efficientzerotensor has no memory
+            return None
+    out = torch.empty_like(query)
+    at, to, threads = query.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    if len(kept.calls) == 1:
+        kept.calls[0](at, addresses[0], addresses[1], to, threads)
+        return out
+    rows, dim = out.numel() // out.shape[-1], out.shape[-1]
+    states = torch.empty(rows * (dim + 2), dtype=accumulation_dtype(out.dtype))
+    sums = states[:rows].zero_()  # a row without a sum has no other state
+    size = sums.element_size()
+    total = sums.data_ptr()
+    for i, call in enumerate(kept.calls):
+        carry = total + rows * size, total, total + 2 * rows * size, i < len(kept.calls) - 1
+        call(at, addresses[2 * i], addresses[2 * i + 1], to, threads, carry)
+    return out
+
+
+def keep(key: Hashable, levels: Sequence[tuple[Problem, Inputs]], backend: Backend, given: Any, out: Tensor) -> None:
+    """Keeps a call that came before: its levels, described, and the tensors it was given, as for ``run``."""
+    taken = [levels[0][1].query, *(tensor for _, inputs in levels for tensor in inputs[1:3])]
+    same = all(ours is theirs for ours, theirs in zip(taken, given, strict=True))  # no copy was made for this call
+    if backend.NAME != cpu.NAME or not same or out.numel() == 0 or torch.empty_like(given[0]).stride() != out.stride():
+        return
+    calls = []
+    for problem, inputs in levels:
+        views = native.forward_tensors(problem, inputs, out, out)[:4]
+        calls.append(_C.CpuCall(native.with_inputs(problem, inputs), cpu.isa(), *(view[1:] for view in views)))
+    if len(_kept) >= _MOST:
+        _kept.clear()
+    _kept[key] = _Kept(tuple(calls), tuple(inputs._replace(**_NO_DATA) for _, inputs in levels))
+
+
+_NO_DATA: dict[str, Any] = {"query": None, "key": None, "value": None}
+
+
+def came_before(key: Hashable) -> bool:
+    """Whether a call did, asked once for each: what never comes again is not worth keeping."""
+    if key in _seen:
+        return True
+    if len(_seen) >= _MOST:
+        _seen.clear()
+    _seen.add(key)
+    return False
