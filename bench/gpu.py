@@ -8,37 +8,27 @@ starts.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import flashx
-from flashx import dispatch
 
-from . import environment, report
-from .cases import CAUSAL, FULL, Case, Direction, Inputs
-from .implementations import Attend, Implementation
+from . import environment, peers, report, results, suites
+from .cases import Case, Dense
+from .implementations import Flashx, Implementation
 from .measure import Row, measure
+from .results import Run
 
 # Exit codes; argparse exits with 2 on bad arguments.
 OK, WRONG, NO_GPU, INTERRUPTED = 0, 1, 2, 130
 
-# FlashAttention-2's setting (Dao, section 4.1): as many tokens and as wide a model whatever the length and head dim.
-TOKENS, HIDDEN = 16384, 2048
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-HEAD_DIMS = (64, 128, 256)
 HALVES = ("fp16", "bf16")
 
 # What the flush writes: more than any GPU's L2 cache holds.
@@ -51,67 +41,27 @@ Measure flashx's CUDA kernels and torch's attention (flash, efficient, cuDNN and
 GPU: forward, and forward with backward. Every result is compared with naive attention in float64 before it is timed."""
 
 
-def plan(
-    lengths: Sequence[int] = LENGTHS,
-    head_dims: Sequence[int] = HEAD_DIMS,
-    dtypes: Sequence[str] = HALVES,
-    directions: Sequence[Direction] = ("fwd", "both"),
-) -> list[Case]:
-    """Every combination, causal and not, TOKENS tokens each."""
-    axes = itertools.product(dtypes, head_dims, (FULL, CAUSAL), lengths, directions)
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "flashx": Flashx("cuda"),
+    **{name: peers.IMPLEMENTATIONS[name] for name in ("torch-flash", "torch-cudnn", "torch-efficient", "torch-math")},
+}
+
+
+def plan(dtypes: Sequence[str] = HALVES, lengths: Sequence[int] | None = None) -> list[Case]:
+    """The suite fa2-grid as published, in both half precisions, forward and both directions in one."""
+    suite = suites.SUITES["fa2-grid"]
     return [
-        Case(
-            length,
-            length,
-            dim,
-            dim,
-            batch=max(TOKENS // length, 1),
-            q_heads=HIDDEN // dim,
-            kv_heads=HIDDEN // dim,
-            dtype=dtype,
-            window=window,
-            direction=direction,
-        )
-        for dtype, dim, window, length, direction in axes
+        case
+        for dtype in dtypes
+        for case in suite.cases(1.0, dtype, ("fwd", "both"))
+        if lengths is None or (isinstance(case, Dense) and case.q_len in lengths)
     ]
 
 
-class Cuda:
-    """flashx.attention on the CUDA kernels."""
-
-    def why_not(self, case: Case) -> list[str]:
-        return dispatch.BACKENDS["cuda"].why_not(dataclasses.replace(case.problem(), device="cuda"))
-
-    def prepare(self, case: Case, inputs: Inputs) -> Attend:
-        return lambda query, key, value: flashx.attention(query, key, value, window=case.window, backend="cuda")
-
-
-class Torch:
-    """torch's attention, held to one of its backends."""
-
-    def __init__(self, backend: SDPBackend) -> None:
-        self.backend = backend
-
-    def why_not(self, case: Case) -> list[str]:
-        plain = case.window == FULL or (case.window == CAUSAL and case.q_len == case.k_len)
-        return [] if plain and case.q_heads == case.kv_heads else ["measured without mask, and causal, only"]
-
-    def prepare(self, case: Case, inputs: Inputs) -> Attend:
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            only: AbstractContextManager[None] = sdpa_kernel(self.backend)
-            with only:
-                return sdpa(query, key, value, is_causal=case.window == CAUSAL)
-
-        return attend
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "flashx": Cuda(),
-    "torch flash": Torch(SDPBackend.FLASH_ATTENTION),
-    "torch cuDNN": Torch(SDPBackend.CUDNN_ATTENTION),
-    "torch efficient": Torch(SDPBackend.EFFICIENT_ATTENTION),
-    "torch math": Torch(SDPBackend.MATH),
-}
+def why_not() -> list[str]:
+    """Reasons against the CUDA kernels on this GPU."""
+    tensor = torch.empty(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda")
+    return flashx.explain(tensor, tensor, tensor).refusals["cuda"]
 
 
 class ColdClock:
@@ -136,37 +86,6 @@ class ColdClock:
             if not starved or self.spin >= LONGEST_SPIN:
                 return start.elapsed_time(end) / 1e3
             self.spin *= 2
-
-
-def compare(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one case with their ratios to the fastest of torch's backends."""
-    peers = [row.timing.median for row in rows if row.timing is not None and row.implementation.startswith("torch")]
-    return [
-        dataclasses.replace(row, ratio_to_torch=min(peers) / row.timing.median if row.timing and peers else None)
-        for row in rows
-    ]
-
-
-def gpu_stamp() -> dict[str, Any]:
-    """What must be known of the GPU."""
-    device = torch.cuda.get_device_properties(0)
-    return {
-        "name": device.name,
-        "capability": f"{device.major}.{device.minor}",
-        "multiprocessors": device.multi_processor_count,
-        "memory": device.total_memory,
-        "driver": _driver(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
 
 
 def results_path(folder: Path, gpu: str, commit: str | None, today: date) -> Path:
@@ -196,36 +115,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"flashx.bench.gpu: torch {torch.__version__} sees no GPU here", file=sys.stderr)
         return NO_GPU
-    cases = plan(lengths=(1024, 8192), dtypes=("bf16",)) if options.quick else plan()
-    if reasons := IMPLEMENTATIONS["flashx"].why_not(cases[0]):
+    if reasons := why_not():
         print(f"flashx.bench.gpu: {'; '.join(reasons)}", file=sys.stderr)
         return NO_GPU
-    stamp = environment.stamp()
-    stamp |= {"gpu": gpu_stamp(), "commit": options.commit or stamp["commit"]}
-    rows: list[Row] = []
-    interrupted = False
+    cases = plan(("bf16",), (1024, 8192)) if options.quick else plan()
+    stamp = environment.stamp("cuda")
+    stamp["commit"] = options.commit or stamp["commit"]
+    settings = {"repeats": options.repeats, "min_time": options.min_time, "flushed_bytes": FLUSHED_BYTES}
+    run = Run(stamp, settings, warnings=environment.warnings(stamp))
     try:
         for row in _measure(cases, options.repeats, options.min_time):
-            rows.append(row)
+            run.rows.append(row)
     except KeyboardInterrupt:
-        interrupted = True
+        run.interrupted = True
     console = Console(width=None if sys.stdout.isatty() else 140)
-    report.show(console, stamp, rows)
-    settings = {"repeats": options.repeats, "min_time": options.min_time, "flushed_bytes": FLUSHED_BYTES}
+    report.show(console, run)
     path = results_path(options.out, stamp["gpu"]["name"], stamp["commit"], date.today())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.as_json(stamp, settings, rows, interrupted))
+    results.write(path, run)
     console.print(f"written to {path}")
-    if interrupted:
+    if run.interrupted:
         return INTERRUPTED
-    return WRONG if any(row.implementation == "flashx" and row.status in ("wrong", "failed") for row in rows) else OK
+    bad = any(row.implementation == "flashx" and row.status in ("wrong", "failed") for row in run.rows)
+    return WRONG if bad else OK
 
 
 def _measure(cases: Sequence[Case], repeats: int, min_time: float) -> Iterator[Row]:
     clock = ColdClock()
     for number, case in enumerate(cases, 1):
         print(f"{number}/{len(cases)} {case} {case.direction}", file=sys.stderr, flush=True)
-        yield from compare(measure(case, IMPLEMENTATIONS, repeats, min_time, "cuda", clock))
+        yield from measure(case, IMPLEMENTATIONS, repeats, min_time, "cuda", clock)
         torch.cuda.empty_cache()
 
 

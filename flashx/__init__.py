@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import neighborhood, nn
+from . import io, neighborhood, nn
 from .attention import AttentionResult, Explanation, attention, explain
 from .block_mask import BlockMask
 from .decode import KVCache, PagedKVCache, decode_attention
@@ -36,6 +36,7 @@ __all__ = [
     "build_info",
     "decode_attention",
     "explain",
+    "io",
     "merge_attention",
     "neighborhood",
     "neighborhood_attention",

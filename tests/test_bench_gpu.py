@@ -17,12 +17,13 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from flashx.bench import gpu
-from flashx.bench.cases import CAUSAL, FULL, Case
+from flashx.bench.cases import CAUSAL, FULL, Dense
 from flashx.bench.check import Accuracy
-from flashx.bench.measure import Row
+from flashx.bench.implementations import Refused, Torch
+from flashx.bench.measure import Row, compared
 from flashx.bench.timing import Timing
 
-CASE = Case(512, 512, 64, 64, dtype="bf16", window=CAUSAL)
+CASE = Dense(512, 512, window=CAUSAL, dtype="bf16")
 
 
 def _bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -47,28 +48,35 @@ def test_plan() -> None:
     cases = gpu.plan()
     assert len(cases) == len(set(cases)) == 2 * 3 * 2 * 6 * 2
     for case in cases:
+        assert isinstance(case, Dense)
         assert case.batch * case.q_len == 16384 and case.q_heads * case.head_dim == 2048 and case.q_len == case.k_len
     assert {case.window for case in cases} == {FULL, CAUSAL} and {case.direction for case in cases} == {"fwd", "both"}
     assert {case.q_len for case in cases} == {512, 1024, 2048, 4096, 8192, 16384}
+    assert {case.dtype for case in cases} == {"fp16", "bf16"}
+    quick = gpu.plan(("bf16",), (1024, 8192))
+    assert set(quick) < set(cases) and len(quick) == 3 * 2 * 2 * 2
 
 
-def test_flashx_is_the_cuda_kernels_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(
-        type(gpu.dispatch.BACKENDS["cuda"]), "why_not", lambda self, problem: asked.append(problem) or []
-    )
-    assert gpu.IMPLEMENTATIONS["flashx"].why_not(CASE) == []
-    assert asked[0].device == "cuda" and asked[0].dtype == torch.bfloat16
+def test_flashx_is_the_cuda_kernels_or_nothing() -> None:
+    """On the CPU's tensors: they refuse, and nobody takes over."""
+    with pytest.raises(Refused, match="cuda: "):
+        gpu.IMPLEMENTATIONS["flashx"].prepare(CASE, CASE.inputs())
 
 
 def test_torch_is_held_to_one_backend() -> None:
     inputs = CASE.inputs()
-    out = gpu.Torch(SDPBackend.MATH).prepare(CASE, inputs)(*inputs[:3])
-    expected = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in inputs[:3]), is_causal=True)
+    tensors = inputs.leaves.values()
+    out = Torch(SDPBackend.MATH).prepare(CASE, inputs)(*tensors)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in tensors), is_causal=True)
     tolerance.compare("math", out, expected, 0.05)
-    with pytest.raises(RuntimeError, match=r"No (available|viable)"):
-        gpu.Torch(SDPBackend.CUDNN_ATTENTION).prepare(CASE, inputs)(*inputs[:3])
-    assert gpu.Torch(SDPBackend.MATH).why_not(Case(8, 16, window=CAUSAL)) != []
+    with pytest.raises(Refused, match=r"No (available|viable)"):
+        Torch(SDPBackend.CUDNN_ATTENTION).prepare(CASE, inputs)
+    assert {name for name in gpu.IMPLEMENTATIONS if name != "flashx"} == {
+        "torch-flash",
+        "torch-cudnn",
+        "torch-efficient",
+        "torch-math",
+    }
 
 
 class FakeCuda:
@@ -118,12 +126,7 @@ def _row(name: str, milliseconds: float | None, status: Any = "ok") -> Row:
     return Row(CASE, name, status, accuracy={"out": Accuracy(1e-3, 2e-3)}, timing=timed)
 
 
-ROWS = [_row("flashx", 2.0), _row("torch flash", 3.0), _row("torch math", 20.0), _row("torch cuDNN", None, "failed")]
-
-
-def test_ratio_to_the_fastest_of_torchs() -> None:
-    assert [row.ratio_to_torch for row in gpu.compare(ROWS)] == [1.5, 1.0, 0.15, None]
-    assert [row.ratio_to_torch for row in gpu.compare(ROWS[:1])] == [None]
+ROWS = [_row("flashx", 2.0), _row("torch-flash", 3.0), _row("torch-math", 20.0), _row("torch-cudnn", None, "failed")]
 
 
 def test_results_path() -> None:
@@ -138,13 +141,13 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Row], bool], Non
 
     def prepare(rows: list[Row], interrupted: bool) -> None:
         def measured(*_: object) -> Any:
-            yield from gpu.compare(rows)
+            yield from compared(rows)
             if interrupted:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(gpu.Cuda, "why_not", lambda self, case: [])
-        monkeypatch.setattr(gpu, "gpu_stamp", lambda: {"name": "Some GPU", "driver": "1.2"})
+        monkeypatch.setattr(gpu, "why_not", lambda: [])
+        monkeypatch.setattr(gpu.environment, "gpu_stamp", lambda: {"name": "Some GPU", "driver": "1.2"})
         monkeypatch.setattr(gpu, "_measure", measured)
 
     return prepare
@@ -161,11 +164,11 @@ def test_a_run(
     assert gpu.main(["--out", str(tmp_path), "--commit", "abc", "--repeats", "3"]) == code
     (file,) = tmp_path.glob("some-gpu/*-abc.json")
     document = json.loads(file.read_text())
-    assert document["schema"] == 1 and document["interrupted"] is interrupted
+    assert document["schema"] == 2 and document["interrupted"] is interrupted
     assert document["environment"]["gpu"]["name"] == "Some GPU" and document["environment"]["commit"] == "abc"
     assert document["environment"]["torch"] == torch.__version__ and document["settings"]["repeats"] == 3
     assert [row["implementation"] for row in document["rows"]] == [row.implementation for row in rows]
-    for row, written in zip(gpu.compare(rows), document["rows"], strict=True):
+    for row, written in zip(compared(rows), document["rows"], strict=True):
         assert written["status"] == row.status and written["ratio_to_torch"] == row.ratio_to_torch
         assert written["median"] == (row.timing and row.timing.median)
     printed = capsys.readouterr().out
@@ -174,6 +177,6 @@ def test_a_run(
 
 def test_a_build_without_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu.Cuda, "why_not", lambda self, case: ["this build has no cuda kernels"])
+    monkeypatch.setattr(gpu, "why_not", lambda: ["this build has no cuda kernels"])
     assert gpu.main([]) == 2
     assert "this build has no cuda kernels" in capsys.readouterr().err
