@@ -33,7 +33,7 @@ class Forward {
   using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
   using Op = Operands<W>;
-  static constexpr int kRowBlocks = 4;
+  static constexpr int kRowBlocks = Op::kDirect ? 4 : 8;
   static constexpr int ld = kBlockLanes<W>;
   static constexpr int kFew = smaller(kFewRows, ld);
   static constexpr int kFewLanes = static_cast<int>(round_up(kFew, kLanes<T>));
@@ -170,10 +170,8 @@ class Forward {
                                      scores_ + (index - range.offset) * ld, ld, false);
         });
         logits_(block, tile, range, scores_, nullptr);
-        update(state, range.padded);
-        if (dropout_) drop(block, tile, range);
+        const W* const weights = weigh(state, tile, range);
         // O^T += V^T P^T
-        const W* weights = Op::right_from_tile(scores_, ld, range.padded, block.vectors, weights_room_);
         if constexpr (Op::kDirect) {
           values_.within(range.offset, range.count, value_dim_, [&](int index, int count, const W* rows) {
             multiply<Op::kTransposed>(value_dim_, block.vectors, count, rows, value_dim_,
@@ -381,47 +379,38 @@ class Forward {
     state.sum[lane] += sum<T>(total);
   }
 
-  // P^T = exp2((scores - max) * factor), in place; the accumulator is rescaled where the max moved.
-  void update(State& state, int keys) {
+  // P^T = exp2((scores - max) * factor), into `to`; the accumulator is rescaled where the max moved.
+  template <typename To>
+  void update(State& state, int keys, To* to) {
     constexpr int n = kLanes<T>;
     const T factor = logits_.factor();
     for (int v = 0; v < state.block.vectors; ++v) {
-      T* scores = scores_ + v * n;
-      if (unified_) {
-        const Vec<T> shift = load(state.max + v * n);
-        Vec<T> sum[4] = {};
+      const T* const scores = scores_ + v * n;
+      Vec<T> shift = load(state.max + v * n), rescale = broadcast(T(1));
+      if (!unified_) {
+        Vec<T> top[4] = {broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>)};
         for (int j = 0; j < keys; j += 4) {
 #pragma GCC unroll 4
-          for (int u = 0; u < 4; ++u) {
-            const Vec<T> p = exp2<T>((load(scores + (j + u) * ld) - shift) * factor);
-            sum[u] += p;
-            store(scores + (j + u) * ld, p);
-          }
+          for (int u = 0; u < 4; ++u) top[u] = max(top[u], load(scores + (j + u) * ld));
         }
-        store(state.sum + v * n, load(state.sum + v * n) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
-        continue;
+        const Vec<T> old_max = shift;
+        const Vec<T> new_max = max(old_max, max(max(top[0], top[1]), max(top[2], top[3])));
+        // A row that has seen nothing yet subtracts 0, not -inf.
+        shift = new_max == -kInf<T> ? Vec<T>{} : new_max;
+        rescale = exp2<T>((old_max - shift) * factor);
+        store(state.max + v * n, new_max);
       }
-      Vec<T> top[4] = {broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>)};
-      for (int j = 0; j < keys; j += 4) {
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) top[u] = max(top[u], load(scores + (j + u) * ld));
-      }
-      const Vec<T> old_max = load(state.max + v * n);
-      const Vec<T> new_max = max(old_max, max(max(top[0], top[1]), max(top[2], top[3])));
-      // A row that has seen nothing yet subtracts 0, not -inf.
-      const Vec<T> shift = new_max == -kInf<T> ? Vec<T>{} : new_max;
-      const Vec<T> rescale = exp2<T>((old_max - shift) * factor);
       Vec<T> sum[4] = {};
       for (int j = 0; j < keys; j += 4) {
+        Vec<T> p[4];
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) {
-          const Vec<T> p = exp2<T>((load(scores + (j + u) * ld) - shift) * factor);
-          sum[u] += p;
-          store(scores + (j + u) * ld, p);
+          p[u] = exp2<T>((load(scores + (j + u) * ld) - shift) * factor);
+          sum[u] += p[u];
         }
+        put(p, j, v, to);
       }
       store(state.sum + v * n, load(state.sum + v * n) * rescale + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
-      store(state.max + v * n, new_max);
       if (any(rescale != 1)) {
         for (int d = 0; d < value_dim_; ++d) {
           T* acc = state.acc + d * ld + v * n;
@@ -429,6 +418,30 @@ class Forward {
         }
       }
     }
+  }
+
+  // The scores' weights, dropped ones 0, as a right operand.
+  const W* weigh(State& state, const Tile& tile, const KeyRange& range) {
+    if constexpr (!Op::kDirect) {
+      if (!dropout_ && poison_.empty()) {
+        update(state, range.padded, weights_room_);
+        return weights_room_;
+      }
+    }
+    update(state, range.padded, scores_);
+    if (dropout_) drop(state.block, tile, range);
+    return Op::right_from_tile(scores_, ld, range.padded, state.block.vectors, weights_room_);
+  }
+
+  // Four keys' weights of vector v, to the scores' place or to that of an operand.
+  static FLASHX_CORE void put(const Vec<T> (&p)[4], int j, int v, T* to) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) store(to + (j + u) * ld + v * kLanes<T>, p[u]);
+  }
+  template <typename To>
+  static FLASHX_CORE void put(const Vec<T> (&p)[4], int j, int v, To* to) {
+    Op::store_pair(p[0], p[1], ld, j, v, to);
+    Op::store_pair(p[2], p[3], ld, j + 2, v, to);
   }
 
   void drop(const RowBlock<W>& block, const Tile& tile, const KeyRange& range) {

@@ -69,7 +69,7 @@ struct Operands<BFloat16> {
   using T = float;
   using Unit = PairUnit;
   static constexpr bool kDirect = false;
-  static constexpr int kVectors = 4;
+  static constexpr int kVectors = 2;  // scores, weights, sums and values of a tile then fit the L1 cache together
   static constexpr int kVectorStep = 2;
   static constexpr int kKeyStep = 32;
   static constexpr int kPad = 32;
@@ -101,10 +101,14 @@ struct Operands<BFloat16> {
     for (int j = 0; j < keys; j += 2) {
       for (int v = 0; v < vectors; ++v) {
         const T* at = tile + j * ld + v * kLanes<T>;
-        store(words(to) + (j / 2) * ld + v * kLanes<T>, round_pair(load(at), load(at + ld)));
+        store_pair(load(at), load(at + ld), ld, j, v, to);
       }
     }
     return to;
+  }
+  // Vector v of rows j and j + 1 of such a tile.
+  static FLASHX_CORE void store_pair(Vec<T> even, Vec<T> odd, int64_t ld, int j, int v, W* to) {
+    store(words(to) + (j / 2) * ld + v * kLanes<T>, round_pair(even, odd));
   }
   static const W* left_from_tile(const T* tile, int64_t ld, int keys, int vectors, W* to) {
     for (int j = 0; j < keys; ++j) {
