@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from .attention import AttentionResult, attention
+from .attention import EXPLAINERS, AttentionResult, Explanation, attention, explain
 from .checks import check_int, check_tensor
 from .problem import accumulation_dtype, check_qkv, shape
 
@@ -92,6 +92,27 @@ def simplicial_attention(
         >>> flashx.simplicial_attention(q, k, v, k2, v2, window=128, window2=16).shape
         torch.Size([1, 4, 300, 64])
     """
+    widths, number = _checked(query, key, value, key2, value2, window, window2, scale)
+    out, lse = _Simplicial.apply(query, key, value, key2, value2, widths, number, backend)
+    return AttentionResult(out, lse) if return_lse else out
+
+
+class _Widths(NamedTuple):
+    first: int
+    second: int
+
+
+def _checked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key2: torch.Tensor,
+    value2: torch.Tensor,
+    window: int,
+    window2: int,
+    scale: float | None,
+) -> tuple[_Widths, float]:
+    """The arguments checked: the windows, no wider than the tensors are long, and the scale."""
     for name, tensor in (("query", query), ("key", key), ("value", value), ("key2", key2), ("value2", value2)):
         check_tensor(name, tensor)
     check_qkv(query, key, value)
@@ -109,13 +130,7 @@ def simplicial_attention(
     length = max(query.shape[2], 1)
     widths = _Widths(min(window, length), min(window2, length))
     number = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    out, lse = _Simplicial.apply(query, key, value, key2, value2, widths, number, backend)
-    return AttentionResult(out, lse) if return_lse else out
-
-
-class _Widths(NamedTuple):
-    first: int
-    second: int
+    return widths, number
 
 
 def _chunks(query: torch.Tensor, widths: _Widths) -> Iterator[tuple[int, int]]:
@@ -133,6 +148,11 @@ def _slices(tensors: tuple[torch.Tensor, ...], begin: int, end: int, widths: _Wi
     return tuple(tensor[:, :, start:end] for tensor, start in zip(tensors, starts, strict=True))
 
 
+def _options(widths: _Widths, scale: float, backend: str | None) -> dict[str, Any]:
+    """flashx.attention's, for a chunk."""
+    return {"causal": True, "window": (widths.first - 1, 0), "scale": scale, "backend": backend}
+
+
 def _attend(
     tensors: tuple[torch.Tensor, ...], begin: int, widths: _Widths, scale: float, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,16 +167,8 @@ def _attend(
     )
     groups = query.unflatten(1, (kv_heads, -1))  # (B, Hkv, group, count, dim)
     pairs = groups[:, :, :, None] * seen_keys.permute(0, 1, 4, 2, 3)[:, :, None]
-    out, lse = attention(
-        pairs.reshape(batch, q_heads * widths.second, count, dim),
-        key,
-        value,
-        causal=True,
-        window=(widths.first - 1, 0),
-        scale=scale,
-        return_lse=True,
-        backend=backend,
-    )
+    rows = pairs.reshape(batch, q_heads * widths.second, count, dim)
+    out, lse = attention(rows, key, value, **_options(widths, scale, backend), return_lse=True)
     parts = (batch, kv_heads, q_heads // kv_heads, widths.second, count)
     position = torch.arange(begin, begin + count, device=query.device)
     offset = torch.arange(widths.second - 1, -1, -1, device=query.device)[:, None]
@@ -205,3 +217,28 @@ class _Simplicial(torch.autograd.Function):
             for total, grad in zip(_slices(tuple(sums), begin, end, widths), grads, strict=True):
                 total += grad
         return (*(total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)), None, None, None)
+
+
+def _explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key2: torch.Tensor,
+    value2: torch.Tensor,
+    window: int,
+    window2: int,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Of the call that the longest chunk makes, the last of them: all of its rows see as many keys as any."""
+    widths, number = _checked(query, key, value, key2, value2, window, window2, scale)
+    begin, end = max(_chunks(query, widths), key=lambda chunk: (chunk[1] - chunk[0], chunk[0]), default=(0, 0))
+    query, key, value = _slices((query, key, value, key2, value2), begin, end, widths)[:3]
+    batch, q_heads, count, dim = query.shape
+    rows = query.new_empty(()).expand(batch, q_heads * widths.second, count, dim)
+    return explain(rows, key, value, **_options(widths, number, backend))
+
+
+EXPLAINERS[simplicial_attention] = _explain

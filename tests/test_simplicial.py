@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,29 @@ def test_without_queries() -> None:
     out.sum().backward()
 
 
+@pytest.mark.parametrize("case, rows", [(CASES[1], 64), (CASES[2], 100), (CASES[0], 2**13)], ids=str)
+def test_explained_is_the_largest_call(case: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simplicial, "_ROWS", rows)
+    calls = []
+
+    def record(*tensors: torch.Tensor, return_lse: bool, **options: Any) -> Any:
+        calls.append(flashx.explain(*tensors, **options))
+        return attention(*tensors, return_lse=return_lse, **options)
+
+    attention = simplicial.attention
+    monkeypatch.setattr(simplicial, "attention", record)
+    tensors = inputs(case, torch.float32)
+    flashx.simplicial_attention(*tensors, *case[-2:], backend="reference")
+    explained = flashx.explain(flashx.simplicial_attention, *tensors, *case[-2:], backend="reference")
+    assert explained == max(calls, key=lambda call: (call.problem.q_len, call.problem.k_len))
+    assert (len(calls) > 1) == (rows < 2**13) and explained.backend == "reference"
+
+
+def test_explained_without_queries() -> None:
+    empty = torch.zeros(1, 2, 0, 8)
+    assert flashx.explain(flashx.simplicial_attention, *[empty] * 5, 4, 3).problem.q_len == 0
+
+
 GOOD = dict(zip(NAMES, (torch.zeros(1, 2, 5, 8) for _ in NAMES), strict=True)) | {"window": 3, "window2": 2}
 
 
@@ -137,6 +161,7 @@ GOOD = dict(zip(NAMES, (torch.zeros(1, 2, 5, 8) for _ in NAMES), strict=True)) |
     ids=str,
 )
 def test_bad_argument(changes: dict[str, Any], error: type[Exception], parts: tuple[str, ...]) -> None:
-    with pytest.raises(error) as raised:
-        flashx.simplicial_attention(**(GOOD | changes))
-    assert all(part in str(raised.value) for part in parts), str(raised.value)
+    for function in (flashx.simplicial_attention, functools.partial(flashx.explain, flashx.simplicial_attention)):
+        with pytest.raises(error) as raised:
+            function(**(GOOD | changes))
+        assert all(part in str(raised.value) for part in parts), str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import flashx
+from flashx.backends import triton as backend
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -50,3 +55,15 @@ def test_importing_flashx_does_not_import_triton() -> None:
     code = "import sys, flashx; assert not [name for name in sys.modules if name.split('.')[0] == 'triton']"
     code = code.replace("flashx;", "flashx, flashx.backends.triton;")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("version, refused", [("3.5.1", True), ("3.6.0", False), ("3.10.0+git1", False), ("4", False)])
+def test_a_triton_that_is_too_old(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    backend._not_installed.cache_clear()
+    query = torch.zeros(1, 1, 3, 8)
+    reasons = flashx.explain(query, query, query).refusals["triton"]
+    backend._not_installed.cache_clear()
+    reason = f"triton {version} is older than 3.6: pip install --upgrade triton"
+    assert (reason in reasons) == refused

@@ -55,6 +55,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "members": {"ragged": True, "groups": 3, "mask": WINDOW, "state": "suspended"},
     "suffixes": {"ragged": True, "block": (32, 32), "sinks": True, "state": "finished"},
     "decoding": {"ragged": True, "q_len": 1, "k_len": 5000, "unified_max": 3.0},
+    "prefill": {"ragged": True, "k_len": 5000, "page": 16, "unified_max": 3.0},
     "pages": {"ragged": True, "q_len": 1, "k_len": 5000, "page": 16},
 }
 

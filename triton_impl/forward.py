@@ -218,6 +218,13 @@ def fitting(b_acc, b_max, b_q, unified, problem, flags: tl.constexpr):
     return ((b_max == -INF) | m_near) & (nonfinite_rows(b_acc) == 0)
 
 
+@triton.jit
+def any_row(m_r):
+    # In two dimensions, as in tile.py's has_nonfinite: b_acc's maxima are what m_r comes from.
+    b_r = tl.broadcast_to(m_r.to(tl.int32)[:, None], [m_r.shape[0], 2])
+    return tl.max(b_r) > 0
+
+
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "row_tiles", "split_tiles", "numbered"])
 def forward_kernel(
     query, key, value, out, lse, carry, partial, numbered, sinks, unified, row_tiles, split_tiles,
@@ -256,7 +263,7 @@ def forward_kernel(
             problem, flags, dims,
         )  # fmt: skip
         m_r = m_r & (m_fits == 0)
-        tiles = within(tiles, 0, tl.where(tl.max(m_r.to(tl.int32), 0) > 0, tiles.last, 0))
+        tiles = within(tiles, 0, tl.where(any_row(m_r), tiles.last, 0))
     b_acc, b_max, b_sum = sweep(
         b_q, rows, queries, tiles, place, key, value, carry, PLAIN, 0.0, problem, flags, dims, M, N, False, False
     )

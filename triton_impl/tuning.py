@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+
 
 class Tiles(NamedTuple):
     rows: int  # M, query rows
@@ -50,13 +52,26 @@ _GENERAL = {
 }
 # What is better on GPUs of one major compute capability: (major, general) -> tiles, as above.
 _BETTER = {
-    # ptxas is shorter of registers there.
+    # Of these sizes what the tables above name spills there.
+    (8, False): {(2, 64): _sweeps((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1))},
+    (9, False): {(2, 256): _sweeps((64, 32, 4, 2), (32, 32, 8, 1), (64, 16, 8, 1), (32, 32, 8, 1))},
+    (10, True): {(2, 64): _sweeps((64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1))},
     (12, False): {
         (2, 64): _sweeps((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
         (2, 128): _sweeps((128, 32, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
     },
     (12, True): {(2, 64): _sweeps((64, 32, 4, 2), (32, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1))},
 }
+# What Triton before 3.9 needs in their place: its ptxas spills more of dK and dV's loop.
+_BEFORE_3_9 = {
+    (8, False): {(2, 64): _sweeps((128, 64, 8, 3), (32, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1))},
+    (8, True): {(2, 64): _sweeps((64, 64, 4, 2), (16, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1))},
+    (9, False): {(2, 64): _sweeps((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1))},
+    (10, False): {(2, 64): _sweeps((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1))},
+    (12, False): {(2, 64): _sweeps((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 1))},
+    (12, True): {(2, 64): _sweeps((64, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1))},
+}
+_IS_BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 # For the interpreter, to which every operation costs the same. No two sizes of one kernel are equal, so that none can
 # stand in for the other.
 _INTERPRETED = _sweeps((128, 64, 4, 1), (64, 128, 4, 1), (128, 64, 4, 1), (64, 128, 4, 1))
@@ -82,4 +97,6 @@ def tiles(capability: tuple[int, int] | None, element_bytes: int, block: int, ge
     if capability is None:
         return _INTERPRETED
     table = (_GENERAL if general else _PLAIN) | _BETTER.get((capability[0], general), {})
+    if _IS_BEFORE_3_9:
+        table |= _BEFORE_3_9.get((capability[0], general), {})
     return table[element_bytes, min(dim for size, dim in table if size == element_bytes and dim >= block)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +26,21 @@ NAME = "triton"
 DEVICE = "cuda"
 AUTOMATIC = True
 OLDEST = (8, 0)
+OLDEST_TRITON = (3, 6)  # pyproject.toml's
 
 
 @functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _not_installed() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed: pip install triton"]
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build of somebody's own
+        return []
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None or tuple(map(int, number.groups())) >= OLDEST_TRITON:
+        return []
+    return ["triton {} is older than {}.{}: pip install --upgrade triton".format(version, *OLDEST_TRITON)]
 
 
 @functools.cache
@@ -47,7 +59,7 @@ def limits(problem: Problem) -> list[str]:
 
 def why_not(problem: Problem) -> list[str]:
     """Reasons against running the problem here; empty if it can."""
-    reasons = [] if _installed() else ["triton is not installed: pip install triton"]
+    reasons = list(_not_installed())
     if problem.device == "cpu":
         if not env.triton_interpret():
             reasons.append("tensors are on cpu, and TRITON_INTERPRET=1 is not set")
