@@ -14,8 +14,10 @@ from .problem import accumulation_dtype
 
 # What a launch costs, in the bytes that memory moves meanwhile: 2 us at 4 TB/s, 6 us at 40 GB/s.
 LAUNCH_BYTES = {"cuda": 2**23, "cpu": 2**18}
-# Launches beside the attention kernel over all keys. Levels: position tables, initial states, and the other kernel.
-LEVEL_LAUNCHES = 12
+# Launches beside the attention kernel over all keys. Levels: position tables, initial states, and the other kernel; on
+# the CPU calls that repeat keep their tables (quick.py).
+LEVEL_LAUNCHES = {"cuda": 12, "cpu": 3}
+TREE_LAUNCHES = 12  # for each level
 COPY_LAUNCHES = 2  # key and value
 
 
@@ -125,18 +127,18 @@ def plan(
     unshared = batch * (prefix_len + suffix_len) * key_bytes
     # States are initialised, and loaded and stored on either side of the boundary.
     levels, concatenated = shared + 4 * state_bytes, shared + 2 * unshared
-    launch = launch_bytes(device)
+    launch, level_launches = launch_bytes(device), LEVEL_LAUNCHES.get(device, LEVEL_LAUNCHES["cpu"])
     form: Literal["levels", "concatenated", "plain"]
     if prefix_len == 0 or batch == 0:
         form, reason = "plain", "no prefix"
     elif block_mask:
         form, reason = "levels", "the block mask is the suffix's alone"
-    elif levels + LEVEL_LAUNCHES * launch <= concatenated + COPY_LAUNCHES * launch:
+    elif levels + level_launches * launch <= concatenated + COPY_LAUNCHES * launch:
         form, reason = "levels", f"{groups} of {batch} prefixes are read, and nothing is copied"
     else:
         form, reason = "concatenated", "copying so few keys costs less than carrying states and more launches"
     return SharedPrefixPlan(
-        form, reason, levels, concatenated, unshared, LEVEL_LAUNCHES, COPY_LAUNCHES, device
+        form, reason, levels, concatenated, unshared, level_launches, COPY_LAUNCHES, device
     )  # fmt: skip
 
 

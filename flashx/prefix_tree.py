@@ -11,7 +11,7 @@ import torch
 from .attention import AttentionResult
 from .checks import check_int, check_tensor
 from .prefix_calls import PrefixLevel, TreeCall, check_integers, check_values, checked_options, last_rows
-from .prefix_plan import COPY_LAUNCHES, LEVEL_LAUNCHES, launch_bytes
+from .prefix_plan import COPY_LAUNCHES, TREE_LAUNCHES, launch_bytes
 from .problem import accumulation_dtype, shape
 
 
@@ -257,7 +257,7 @@ class PrefixTree:
         gathered = sum(level.pages.numel() for level in (*self._levels, self._own)) * self.page_size
         states = query.shape[:3].numel() * (value_dim + 2) * accumulation_dtype(query.dtype).itemsize
         carried = 2 * (len(self._levels) + 1) * states if self._levels else 0
-        launches = LEVEL_LAUNCHES * len(self._levels) + COPY_LAUNCHES
+        launches = TREE_LAUNCHES * len(self._levels) + COPY_LAUNCHES
         moved = (2 * gathered + self.shared_tokens) * key_bytes + carried
         levels = moved + launches * launch_bytes(query.device.type)
         return self._all.pages.numel() > 0 and self.unshared_tokens * key_bytes <= levels

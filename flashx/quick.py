@@ -37,23 +37,22 @@ _seen: set[Hashable] = set()
 
 def key_of(options: Hashable, query: Any, *others: Any) -> Hashable | None:
     """What a call is kept under; None if it must go through the dispatcher. options: a tuple of plain numbers."""
-    tensors = query, *others
-    differentiates = torch.is_grad_enabled()
-    parts: list[Hashable] = [options, cpu.isa()]
-    try:
-        for tensor in tensors:
-            if type(tensor) is not Tensor or not tensor.is_cpu or (differentiates and tensor.requires_grad):
-                return None
-            parts += tensor.shape, tensor.stride(), tensor.dtype
-    except RuntimeError:  # sparse and nested tensors have no strides
-        return None
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+    if (  # asked first: a mode sees every look at a tensor
+        torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     ):
+        return None
+    differentiates = torch.is_grad_enabled()
+    parts: list[Hashable] = [options, cpu.isa()]
+    try:
+        for tensor in (query, *others):
+            if type(tensor) is not Tensor or not tensor.is_cpu or (differentiates and tensor.requires_grad):
+                return None
+            parts += tensor.shape, tensor.stride(), tensor.dtype
+    except RuntimeError:  # sparse and nested tensors have no strides
         return None
     return tuple(parts)
 

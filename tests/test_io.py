@@ -130,7 +130,7 @@ def test_gradient_of_a_bias_under_a_block_mask() -> None:
 @pytest.mark.parametrize("prefix, q_len", [(300, 1), (300, 20), (4500, 1)])
 def test_shared_prefix(prefix: int, q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Members of groups, states carried from level to level, and their splits."""
-    monkeypatch.setattr("flashx.prefix_plan.LEVEL_LAUNCHES", -1000)
+    monkeypatch.setattr("flashx.prefix_plan.LEVEL_LAUNCHES", {"cpu": -1000})
     grad = prefix < 1000
     query = draw(4, 4, q_len, 32, grad=grad)
     prefixes = [draw(2, 2, prefix, 32, grad=grad) for _ in range(2)]

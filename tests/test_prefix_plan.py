@@ -15,7 +15,9 @@ from flashx.prefix_plan import plan
 PLANS = [
     ((64, 1, 8, 8, 1, 4096, 128, 128, 128, torch.float32, "cpu"), "levels"),
     ((1, 1, 8, 8, 1, 4096, 128, 128, 128, torch.float32, "cpu"), "levels"),  # states cost less than a copy
-    ((1, 1, 8, 8, 1, 64, 16, 64, 64, torch.float32, "cpu"), "concatenated"),
+    ((1, 1, 8, 8, 1, 64, 16, 64, 64, torch.float32, "cpu"), "levels"),
+    ((1, 1, 8, 8, 1, 64, 16, 64, 64, torch.float32, "cuda"), "concatenated"),
+    ((8, 8, 32, 8, 4096, 4096, 16, 128, 128, torch.float32, "cpu"), "concatenated"),
     ((8, 8, 32, 8, 4096, 4096, 16, 128, 128, torch.bfloat16, "cuda"), "concatenated"),  # and here more
     ((8, 1, 32, 8, 1, 8, 2, 128, 128, torch.bfloat16, "cuda"), "concatenated"),
     ((32, 1, 32, 8, 1, 2048, 128, 128, 128, torch.bfloat16, "cuda"), "levels"),
