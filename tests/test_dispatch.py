@@ -213,3 +213,17 @@ def test_forced_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_is_everywhere() -> None:
     assert _C.cpu_isas()[-1] == "plain"
+
+
+def test_problems_of_one_call_run_on_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States go from level to level in a backend's own units, so the first backend that takes them all runs them all."""
+    prefix, suffix = torch.randn(2, 4000, 16), torch.randn(4, 2, 8, 16)
+    arguments = suffix, prefix, prefix, suffix, suffix
+    expected = flashx.shared_prefix_attention(*arguments, backend="reference")
+    takes = cpu.why_not
+    monkeypatch.setattr(cpu, "why_not", lambda problem: ["no groups today"] if problem.groups else takes(problem))
+    with pytest.warns(UserWarning, match="naive attention.*no groups today"):
+        out = flashx.shared_prefix_attention(*arguments)
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(flashx.UnsupportedError, match="cpu: no groups today"):
+        flashx.shared_prefix_attention(*arguments, backend="cpu")
