@@ -20,10 +20,12 @@ inline int worth_threads(int threads, double multiply_adds) {
   return shares < threads ? larger(1, static_cast<int>(shares)) : threads;
 }
 
-// Threads worth waking for a product of rows x keys x dim.
+// Threads worth waking for a product of rows x keys x dim. To read an element takes as long as some multiply-adds.
 inline int worth_threads(int threads, const Problem& problem) {
-  const double pairs = static_cast<double>(problem.batch * problem.q_heads) * problem.q_len * problem.k_len;
-  return worth_threads(threads, pairs * (problem.head_dim + problem.value_dim));
+  constexpr double kRead = 4;
+  const double rows = static_cast<double>(problem.batch * problem.q_heads) * problem.q_len;
+  const double read = kRead * static_cast<double>(problem.key_groups() * problem.kv_heads);
+  return worth_threads(threads, (rows + read) * problem.k_len * (problem.head_dim + problem.value_dim));
 }
 
 // body(kernel, task) for every task below `tasks`. An exception (out of memory) ends the work and is thrown
