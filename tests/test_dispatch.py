@@ -216,7 +216,7 @@ def test_plain_is_everywhere() -> None:
 
 
 def test_problems_of_one_call_run_on_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States go from level to level in a backend's own units, so the first backend that takes them all runs them all."""
+    """States go from level to level in a backend's own units: the first backend that takes them all runs them all."""
     prefix, suffix = torch.randn(2, 4000, 16), torch.randn(4, 2, 8, 16)
     arguments = suffix, prefix, prefix, suffix, suffix
     expected = flashx.shared_prefix_attention(*arguments, backend="reference")
