@@ -158,7 +158,7 @@ def attention(
         block_mask is None and bias is None and alibi_slopes is None and sinks is None and not return_lse
         and type(dropout_p) is float and dropout_p == 0.0 and type(causal) is bool and type(softcap) is float
         and (scale is None or type(scale) is float) and (window is None or is_plain_window(window))
-        and not torch.compiler.is_dynamo_compiling()
+        and (backend is None or type(backend) is str) and not torch.compiler.is_dynamo_compiling()
     ):  # fmt: skip
         repeated = quick.key_of(("attention", causal, window, softcap, scale, backend), query, key, value)
         if repeated is not None:
@@ -190,7 +190,7 @@ def attention(
         backend,
     )
     out, lse = torch.ops.flashx.attention(*arguments)
-    if repeated is not None and quick.came_before(repeated):
+    if repeated is not None and quick.came_before(repeated, query, out):
         problem, inputs, chosen = ops.described(arguments)
         quick.keep(repeated, [(problem, inputs)], chosen, (query, key, value), out)
     return AttentionResult(out, lse) if return_lse else out

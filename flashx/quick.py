@@ -31,7 +31,8 @@ class _Kept(NamedTuple):
     tables: tuple[Inputs, ...]
 
 
-_kept: dict[Hashable, _Kept] = {}
+# None: a call that cannot be kept.
+_kept: dict[Hashable, _Kept | None] = {}
 _seen: set[Hashable] = set()
 
 
@@ -43,10 +44,11 @@ def key_of(options: Hashable, query: Any, *others: Any) -> Hashable | None:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
     ):
         return None
     differentiates = torch.is_grad_enabled()
-    parts: list[Hashable] = [options, cpu.isa()]
+    parts: list[Hashable] = [options]
     try:
         for tensor in (query, *others):
             if type(tensor) is not Tensor or not tensor.is_cpu or (differentiates and tensor.requires_grad):
@@ -54,21 +56,22 @@ def key_of(options: Hashable, query: Any, *others: Any) -> Hashable | None:
             parts += tensor.shape, tensor.stride(), tensor.dtype
     except RuntimeError:  # sparse and nested tensors have no strides
         return None
-    return tuple(parts)
+    return cpu.isa(), *parts
 
 
 def run(key: Hashable, query: Tensor, *keys_and_values: Tensor) -> Tensor | None:
     """The output of a call that came before, from query, key and value (of each level); None for others."""
     kept = _kept.get(key)
-    if kept is None or query.is_neg():
+    if kept is None:
         return None
     addresses = []
-    for tensor in keys_and_values:
+    for tensor in (query, *keys_and_values):
         addresses.append(tensor.data_ptr())
-        if tensor.is_neg() or not addresses[-1]:  # torch._efficientzerotensor has no memory
+        if tensor.is_neg() or not addresses[-1]:  # efficient zeros and functional tensors have no memory
             return None
+    at, *addresses = addresses
     out = torch.empty_like(query)
-    at, to, threads = query.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    to, threads = out.data_ptr(), torch.get_num_threads()
     if len(kept.calls) == 1:
         kept.calls[0](at, addresses[0], addresses[1], to, threads)
         return out
@@ -84,27 +87,35 @@ def run(key: Hashable, query: Tensor, *keys_and_values: Tensor) -> Tensor | None
 
 
 def keep(key: Hashable, levels: Sequence[tuple[Problem, Inputs]], backend: Backend, given: Any, out: Tensor) -> None:
-    """Keeps a call that came before: its levels, described, and the tensors it was given, as for ``run``."""
+    """Keeps a call that came before: its levels, described, and the tensors it was given, as for ``run``.
+
+    One that cannot be kept is noted as such: that is asked once too.
+    """
+    if len(_kept) >= _MOST:
+        _kept.clear()
+    _kept[key] = None
     taken = [levels[0][1].query, *(tensor for _, inputs in levels for tensor in inputs[1:3])]
     same = all(ours is theirs for ours, theirs in zip(taken, given, strict=True))  # no copy was made for this call
-    if backend.NAME != cpu.NAME or not same or out.numel() == 0 or torch.empty_like(given[0]).stride() != out.stride():
+    like = torch.empty_like(given[0])
+    alike = (like.shape, like.stride()) == (out.shape, out.stride())
+    if backend.NAME != cpu.NAME or not same or out.numel() == 0 or not alike:
         return
     calls = []
     for problem, inputs in levels:
         views = native.forward_tensors(problem, inputs, out, out)[:4]
         calls.append(_C.CpuCall(native.with_inputs(problem, inputs), cpu.isa(), *(view[1:] for view in views)))
-    if len(_kept) >= _MOST:
-        _kept.clear()
     _kept[key] = _Kept(tuple(calls), tuple(inputs._replace(**_NO_DATA) for _, inputs in levels))
 
 
 _NO_DATA: dict[str, Any] = {"query": None, "key": None, "value": None}
 
 
-def came_before(key: Hashable) -> bool:
-    """Whether a call did, asked once for each: what never comes again is not worth keeping."""
+def came_before(key: Hashable, query: Tensor, out: Tensor) -> bool:
+    """Whether a call did that is not kept yet: what never comes again is not worth keeping."""
+    if max(query.shape[-1], out.shape[-1]) > cpu.MAX_DIM:
+        return False
     if key in _seen:
-        return True
+        return key not in _kept
     if len(_seen) >= _MOST:
         _seen.clear()
     _seen.add(key)

@@ -125,7 +125,7 @@ def shared_prefix_attention(
         suffix_lens is None and block_mask is None and alibi_slopes is None and sinks is None and not return_lse
         and type(causal) is bool and type(sink_tokens) is int and type(softcap) is float
         and (scale is None or type(scale) is float) and (window is None or is_plain_window(window))
-        and not torch.compiler.is_dynamo_compiling()
+        and (backend is None or type(backend) is str) and not torch.compiler.is_dynamo_compiling()
     ):  # fmt: skip
         options = ("shared_prefix_attention", causal, window, sink_tokens, softcap, scale, backend)
         repeated = quick.key_of(options, query, prefix_key, prefix_value, key, value)
@@ -138,7 +138,7 @@ def shared_prefix_attention(
     )
     call = SharedPrefixCall.checked(query, prefix_key, prefix_value, key, value, suffix_lens, checked)
     out, lse = call.run()
-    if repeated is not None and call.plan().form == "levels" and quick.came_before(repeated):
+    if repeated is not None and call.plan().form == "levels" and quick.came_before(repeated, query, out):
         levels, chosen = call.described()
         quick.keep(repeated, levels, chosen, (query, call.prefix_key, call.prefix_value, key, value), out)
     return AttentionResult(out, lse) if return_lse else out

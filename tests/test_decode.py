@@ -112,10 +112,12 @@ def test_oracle(call: Ragged, dtype: torch.dtype, page: int | None, engine: str,
 
 
 LONG = Ragged(query_lengths(4), (5000, 2048, 1, 2049), head_dim=8, heads=2, kv_heads=1)
+# A tile of the first keys and of the window's is not one run of memory.
+IN_RUNS = Ragged((5, 5), (2049, 600), 64, heads=4, kv_heads=1, sink_tokens=16, window=(100, 0))
 
 
 @exact
-@pytest.mark.parametrize("call", [CALLS[1], CALLS[2], LONG], ids=str)
+@pytest.mark.parametrize("call", [CALLS[1], CALLS[2], LONG, IN_RUNS], ids=str)
 def test_bits_depend_on_the_sequence_alone(call: Ragged, engine: str) -> None:
     """Neither on the batch, nor on the capacity, nor on pages."""
     inputs, cache = filled(call, torch.float32, None, engine)

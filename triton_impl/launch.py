@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from .. import env
 from ..masks import IntervalMask
 from ..problem import Carry, Gradients, Inputs, Problem
+from . import autotune
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .problem import FAR, Bias, Flags, Tables
@@ -53,10 +56,10 @@ def forward(
         flags = flags._replace(carried=True, suspends=carry.suspend, general=True)
     elif problem.unified_max is not None:
         flags = flags._replace(unified=True)
-    tile = _tiles(inputs.query, flags.general or flags.dropout, dims).forward
+    general = flags.general or flags.dropout
+    table = _tiles(inputs.query, general, dims).forward
     if problem.groups is None:
-        tile = few_rows(tile, problem.q_len * _group(problem))
-    row_tiles = _row_tiles(problem, tile)
+        table = few_rows(table, problem.q_len * _group(problem))
     partial, numbered = forward_kernels.Partial(None, None), lse.numel()
     if parts > 1:
         workspace = torch.empty(parts * numbered * (problem.value_dim + 1), dtype=torch.float32, device=out.device)
@@ -65,17 +68,22 @@ def forward(
         )
     to = _queries(problem, out)
     described = _described(problem, inputs)
-    run(
-        forward_kernels.forward_kernel, (_row_programs(problem, row_tiles), parts), tile,
-        _queries(problem, inputs.query), _keys(problem, inputs.key), _keys(problem, inputs.value), to, lse, state,
-        partial, numbered, inputs.sinks, problem.unified_max or 0.0, row_tiles, _split_keys(problem) // tile.keys,
-        *described, flags, dims, tile.rows, tile.keys,
-    )  # fmt: skip
-    if parts > 1:
+
+    def launch(tile: Tiles) -> None:
+        row_tiles = _row_tiles(problem, tile)
         run(
-            forward_kernels.combine_kernel, (_row_programs(problem, row_tiles), 1), tile,
-            to, lse, state, partial, numbered, row_tiles, parts, *described, flags, dims, tile.rows,
+            forward_kernels.forward_kernel, (_row_programs(problem, row_tiles), parts), tile,
+            _queries(problem, inputs.query), _keys(problem, inputs.key), _keys(problem, inputs.value), to, lse, state,
+            partial, numbered, inputs.sinks, problem.unified_max or 0.0, row_tiles, _split_keys(problem) // tile.keys,
+            *described, flags, dims, tile.rows, tile.keys,
         )  # fmt: skip
+        if parts > 1:
+            run(
+                forward_kernels.combine_kernel, (_row_programs(problem, row_tiles), 1), tile,
+                to, lse, state, partial, numbered, row_tiles, parts, *described, flags, dims, tile.rows,
+            )  # fmt: skip
+
+    _start("forward", problem, inputs.query, general, dims, table, launch, overwrites=carry is None)
 
 
 def backward(
@@ -108,39 +116,71 @@ def backward(
         _queries(problem, grad_out), lse, delta,
     )  # fmt: skip
     described = _described(problem, inputs)
+    of = (problem, inputs.query, general, dims)
 
-    tile = sweeps.grad_key_value
-    count = triton.cdiv(problem.k_len, tile.keys)
-    groups = problem.batch if problem.groups is None else problem.groups
-    run(
-        backward_kernels.grad_key_value_kernel, (count * groups * problem.kv_heads, 1), tile, *tensors,
-        _keys(problem, gradients.key), _keys(problem, gradients.value), count,
-        *described, flags, dims, tile.rows, tile.keys,
-    )  # fmt: skip
-
-    tile = sweeps.grad_query
-    count = _row_tiles(problem, tile)
-    run(
-        backward_kernels.grad_query_kernel, (_row_programs(problem, count), 1), tile, *tensors,
-        _queries(problem, gradients.query), count, *described, flags, dims, tile.rows, tile.keys,
-    )  # fmt: skip
-
-    if gradients.bias is not None:
-        tile = sweeps.grad_bias
-        size = (1,) * (4 - gradients.bias.dim()) + tuple(gradients.bias.shape)
-        sums = Sums(*(one == 1 for one in size))
-        rows = 1 if sums.rows else triton.cdiv(size[2], tile.rows)
-        keys = 1 if sums.keys else triton.cdiv(size[3], tile.keys)
+    def grad_key_value(tile: Tiles) -> None:
+        count = triton.cdiv(problem.k_len, tile.keys)
+        groups = problem.batch if problem.groups is None else problem.groups
         run(
-            backward_kernels.grad_bias_kernel, (size[0] * size[1] * rows * keys, 1), tile, *tensors, gradients.bias,
-            rows, keys, *described, flags, dims, sums, tile.rows, tile.keys,
+            backward_kernels.grad_key_value_kernel, (count * groups * problem.kv_heads, 1), tile, *tensors,
+            _keys(problem, gradients.key), _keys(problem, gradients.value), count,
+            *described, flags, dims, tile.rows, tile.keys,
         )  # fmt: skip
+
+    _start("grad_key_value", *of, sweeps.grad_key_value, grad_key_value)
+
+    def grad_query(tile: Tiles) -> None:
+        count = _row_tiles(problem, tile)
+        run(
+            backward_kernels.grad_query_kernel, (_row_programs(problem, count), 1), tile, *tensors,
+            _queries(problem, gradients.query), count, *described, flags, dims, tile.rows, tile.keys,
+        )  # fmt: skip
+
+    _start("grad_query", *of, sweeps.grad_query, grad_query, overwrites=not flags.adds)
+
+    bias = gradients.bias
+    if bias is not None:
+
+        def grad_bias(tile: Tiles) -> None:
+            size = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+            sums = Sums(*(one == 1 for one in size))
+            rows = 1 if sums.rows else triton.cdiv(size[2], tile.rows)
+            keys = 1 if sums.keys else triton.cdiv(size[3], tile.keys)
+            run(
+                backward_kernels.grad_bias_kernel, (size[0] * size[1] * rows * keys, 1), tile, *tensors, bias,
+                rows, keys, *described, flags, dims, sums, tile.rows, tile.keys,
+            )  # fmt: skip
+
+        _start("grad_bias", *of, sweeps.grad_bias, grad_bias)
 
 
 def run(kernel: Any, grid: tuple[int, int], tile: Tiles, *arguments: Any) -> None:
     """Starts the kernel, if there is anything to do."""
     if grid[0]:
         kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def _start(
+    sweep: str,
+    problem: Problem,
+    query: torch.Tensor,
+    general: bool,
+    dims: Dims,
+    table: Tiles,
+    launch: Callable[[Tiles], None],
+    overwrites: bool = True,
+) -> None:
+    """Launches a sweep with the table's tiles, or, where that is asked for and it only overwrites, the fastest ones."""
+    if overwrites and env.triton_autotune() and query.is_cuda and _has_work(problem):
+        block = max(dims.head_block, dims.value_block)
+        kernel = autotune.Kernel(sweep, query.dtype, block, general, autotune.gpu(query.device))
+        autotune.start(kernel, table, launch)
+    else:
+        launch(table)
+
+
+def _has_work(problem: Problem) -> bool:
+    return min(problem.batch, problem.kv_heads, problem.q_len, problem.k_len) > 0
 
 
 def splits(problem: Problem) -> int:

@@ -92,6 +92,11 @@ def few_rows(tile: Tiles, rows: int) -> Tiles:
     return tile if least >= tile.rows else tile._replace(rows=least, warps=min(tile.warps, 4))
 
 
+def table_dim(block: int) -> int:
+    """The head dim whose tiles a padded one has."""
+    return min(dim for _, dim in _PLAIN if dim >= block)
+
+
 def tiles(capability: tuple[int, int] | None, element_bytes: int, block: int, general: bool) -> Sweeps:
     """The tiles for a GPU, None is the interpreter, and the larger of the padded head dims."""
     if capability is None:
@@ -99,4 +104,4 @@ def tiles(capability: tuple[int, int] | None, element_bytes: int, block: int, ge
     table = (_GENERAL if general else _PLAIN) | _BETTER.get((capability[0], general), {})
     if _IS_BEFORE_3_9:
         table |= _BEFORE_3_9.get((capability[0], general), {})
-    return table[element_bytes, min(dim for size, dim in table if size == element_bytes and dim >= block)]
+    return table[element_bytes, table_dim(block)]

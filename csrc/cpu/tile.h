@@ -94,9 +94,17 @@ struct Runs {
 
   template <typename E>
   void copy(const View& view, const RowPacking& packing, const Tile& tile, int dim, W* room, int64_t ld) {
+    constexpr int kStep = Operands<W>::kKeyStep;
     load_tile<E>(view, packing, tile, dim, room, ld);
-    size = 1, copied = true;
-    runs[0] = {0, static_cast<int>(round_up(tile.count, Operands<W>::kKeyStep)), room};
+    size = 0, copied = true;
+    bool whole = true;  // then cut as in find: sums, run by run, do not show where the rows lie
+    tile.runs(0, tile.count, [&](int i, int64_t /*key*/, int count) {
+      whole &= count % kStep == 0;
+      runs[size++] = {i, count, room + i * ld};
+    });
+    if (whole) return;
+    size = 1;
+    runs[0] = {0, static_cast<int>(round_up(tile.count, kStep)), room};
   }
 
   // f(index in the tile, count, rows) for what of the runs lies within the tile's [begin, begin + count).
