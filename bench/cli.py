@@ -44,7 +44,7 @@ EXTENSIONS = {
 
 DESCRIPTION = """\
 Measure how exact and how fast attention is: flashx, torch's attention and whatever else is installed. Every result is
-compared with naive attention in float64 before it is timed. Without arguments: a tour, less than a minute."""
+compared with naive attention in float64 before it is timed. Without arguments: a tour, about a minute."""
 
 EPILOG = """\
 exit codes: 0 all well, 1 a flashx row is wrong or failed (compare: something became slower), 2 bad arguments,

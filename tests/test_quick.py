@@ -760,3 +760,14 @@ def test_instruction_sets_do_not_share(monkeypatch: pytest.MonkeyPatch, hits: li
     finally:
         monkeypatch.undo()
         cpu.isa.cache_clear()
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_grouped_queries_of_the_drop_in_are_kept(copies: bool, hits: list[bool]) -> None:
+    """It hands on views of the same elements; only what had to be copied cannot be kept."""
+    query, key, value = tensors_for("sdpa", heads=8, kv_heads=2, q_len=1)
+    if copies:
+        key = torch.randn(*key.shape[:2], key.shape[3], key.shape[2]).mT
+    first = keep(sdpa, (query, key, value), enable_gqa=True)
+    assert_same("third", sdpa(query, key, value, enable_gqa=True), first)
+    assert hits == [False, False, not copies]
