@@ -59,6 +59,11 @@ def key_of(options: Hashable, query: Any, *others: Any) -> Hashable | None:
     return cpu.isa(), *parts
 
 
+def is_kept(key: Hashable) -> bool:
+    """Whether ``run`` would know the call."""
+    return _kept.get(key) is not None
+
+
 def run(key: Hashable, query: Tensor, *keys_and_values: Tensor) -> Tensor | None:
     """The output of a call that came before, from query, key and value (of each level); None for others."""
     kept = _kept.get(key)

@@ -771,3 +771,29 @@ def test_grouped_queries_of_the_drop_in_are_kept(copies: bool, hits: list[bool])
     first = keep(sdpa, (query, key, value), enable_gqa=True)
     assert_same("third", sdpa(query, key, value, enable_gqa=True), first)
     assert hits == [False, False, not copies]
+
+
+@pytest.mark.parametrize("page", [None, 1, 16])
+def test_decoding_is_kept_while_the_cache_grows(page: int | None, hits: list[bool]) -> None:
+    """What is kept reads the cache's own lens and pages, as they are at each call, and those of no other cache."""
+
+    def cache_of(lens: list[int]) -> flashx.KVCache | flashx.PagedKVCache:
+        if page is None:
+            return flashx.KVCache(*torch.randn(2, 2, 2, 96, 16).unbind(), torch.tensor(lens))
+        table = torch.randperm(2 * 96 // page, dtype=torch.int32).view(2, -1)
+        return flashx.PagedKVCache(*torch.randn(2, 2 * 96 // page, page, 2, 16).unbind(), table, torch.tensor(lens))
+
+    caches = [cache_of([5, 60]), cache_of([60, 5])]
+    for step in range(6):
+        for cache in caches:
+            cache.append(*torch.randn(2, 2, 2, 1, 16).unbind())
+            query = torch.randn(2, 4, 1, 16)
+            out = flashx.decode_attention(query, cache, window=(40, 0))
+            expected = flashx.decode_attention(query, cache, window=(40, 0), backend="reference")
+            torch.testing.assert_close(out, expected, msg=lambda text, step=step: f"step {step}: {text}")
+    assert hits == [True] * 8  # but for two calls of each cache; the reference is never kept
+    caches[0].lens[1] = 97
+    with pytest.raises(ValueError, match="lens must be from 0 to the capacity 96, got 97"):
+        flashx.decode_attention(query, caches[0], window=(40, 0))
+    with pytest.raises(ValueError, match="query must have the cache's batch size 2"):
+        flashx.decode_attention(query[:1], caches[1], window=(40, 0))
