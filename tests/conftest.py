@@ -60,3 +60,9 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have a narrow one, which breaks lines of what the benchmark prints."""
+    monkeypatch.delenv("COLUMNS", raising=False)
