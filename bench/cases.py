@@ -314,10 +314,10 @@ def pair(first: int, second: int) -> str:
 
 
 def tour(directions: Iterable[Direction]) -> list[Case]:
-    """What a first look should show, in less than a minute on two cores."""
+    """What a first look should show, in about a minute on two cores."""
     short = Dense(1024, 1024)
     wide = Dense(2048, 2048, head_dim=128, value_dim=128, q_heads=2, kv_heads=2, window=CAUSAL)
-    long = Dense(4096, 4096, q_heads=2, kv_heads=2, window=CAUSAL)
+    long = Dense(4096, 4096, q_heads=1, kv_heads=1, window=CAUSAL)
     decode = Dense(
         1, 4096, batch=4, head_dim=128, value_dim=128, q_heads=32, kv_heads=8, dtype="bf16", window=CAUSAL
     )  # fmt: skip

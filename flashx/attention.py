@@ -156,11 +156,10 @@ def attention(
     repeated = None
     if (
         block_mask is None and bias is None and alibi_slopes is None and sinks is None and not return_lse
-        and type(dropout_p) is float and dropout_p == 0.0 and type(causal) is bool and type(softcap) is float
-        and (scale is None or type(scale) is float) and (window is None or is_plain_window(window))
-        and (backend is None or type(backend) is str) and not torch.compiler.is_dynamo_compiling()
+        and type(dropout_p) is float and dropout_p == 0.0
+        and (options := quick.options_of("attention", causal, window, softcap, scale, backend)) is not None
     ):  # fmt: skip
-        repeated = quick.key_of(("attention", causal, window, softcap, scale, backend), query, key, value)
+        repeated = quick.key_of(options, query, key, value)
         if repeated is not None:
             known = quick.run(repeated, query, key, value)
             if known is not None:
@@ -194,11 +193,6 @@ def attention(
         problem, inputs, chosen = ops.described(arguments)
         quick.keep(repeated, [(problem, inputs)], chosen, (query, key, value), out)
     return AttentionResult(out, lse) if return_lse else out
-
-
-def is_plain_window(window: Any) -> bool:
-    """A window that is its own key: 1.0 and True equal 1, but are no widths."""
-    return type(window) is tuple and all(width is None or type(width) is int for width in window)
 
 
 def explain(*arguments: Any, **options: Any) -> Explanation:

@@ -9,15 +9,7 @@ from typing import Any, Literal, overload
 import torch
 
 from . import ops, quick
-from .attention import (
-    EXPLAINERS,
-    AttentionResult,
-    Explanation,
-    _number,
-    explain_problem,
-    is_plain_window,
-    operator_arguments,
-)
+from .attention import EXPLAINERS, AttentionResult, Explanation, _number, explain_problem, operator_arguments
 from .checks import check_tensor, on_host
 from .problem import DTYPES, SEQUENCE_FIELDS, check_finite, shape
 from .varlen import with_sequences
@@ -400,15 +392,12 @@ def decode_attention(
     repeated = None
     if (
         alibi_slopes is None and sinks is None and not return_lse
-        and type(causal) is bool and type(sink_tokens) is int and type(softcap) is float
-        and (scale is None or type(scale) is float) and (unified_max is None or type(unified_max) is float)
-        and (window is None or is_plain_window(window)) and (backend is None or type(backend) is str)
-        and not torch.compiler.is_dynamo_compiling()
+        and type(sink_tokens) is int and (unified_max is None or type(unified_max) is float)
+        and (options := quick.options_of("decode", causal, window, softcap, scale, backend, sink_tokens, unified_max))
     ):  # fmt: skip
         _check_query(query, cache, sinks)
-        options = ("decode_attention", cache._token, causal, window, sink_tokens, softcap, scale, unified_max, backend)
         key, value, _ = cache._views()
-        repeated = quick.key_of(options, query, key, value)
+        repeated = quick.key_of((options, cache._token), query, key, value)
         if repeated is not None and quick.is_kept(repeated):
             cache._check()
             cache._sequences(query.shape[2])

@@ -36,6 +36,22 @@ _kept: dict[Hashable, _Kept | None] = {}
 _seen: set[Hashable] = set()
 
 
+def options_of(
+    name: str, causal: Any, window: Any, softcap: Any, scale: Any, backend: Any, *others: Hashable
+) -> Hashable | None:
+    """A call's options for ``key_of``; None if one is of a type that only looks like a right one: True equals 1.0."""
+    if (
+        type(causal) is bool
+        and type(softcap) is float
+        and (scale is None or type(scale) is float)
+        and (backend is None or type(backend) is str)
+        and (window is None or (type(window) is tuple and all(w is None or type(w) is int for w in window)))
+        and not torch.compiler.is_dynamo_compiling()
+    ):
+        return name, causal, window, softcap, scale, backend, *others
+    return None
+
+
 def key_of(options: Hashable, query: Any, *others: Any) -> Hashable | None:
     """What a call is kept under; None if it must go through the dispatcher. options: a tuple of plain numbers."""
     if (  # asked first: a mode sees every look at a tensor

@@ -16,7 +16,7 @@ from typing import Literal, overload
 import torch
 
 from . import quick
-from .attention import EXPLAINERS, AttentionResult, is_plain_window
+from .attention import EXPLAINERS, AttentionResult
 from .block_mask import BlockMask
 from .prefix_calls import PrefixLevel, SharedPrefixCall, TreeCall, checked_options
 from .prefix_plan import SharedPrefixExplanation, TreeExplanation
@@ -123,11 +123,9 @@ def shared_prefix_attention(
     repeated = None
     if (
         suffix_lens is None and block_mask is None and alibi_slopes is None and sinks is None and not return_lse
-        and type(causal) is bool and type(sink_tokens) is int and type(softcap) is float
-        and (scale is None or type(scale) is float) and (window is None or is_plain_window(window))
-        and (backend is None or type(backend) is str) and not torch.compiler.is_dynamo_compiling()
+        and type(sink_tokens) is int
+        and (options := quick.options_of("prefix", causal, window, softcap, scale, backend, sink_tokens)) is not None
     ):  # fmt: skip
-        options = ("shared_prefix_attention", causal, window, sink_tokens, softcap, scale, backend)
         repeated = quick.key_of(options, query, prefix_key, prefix_value, key, value)
         if repeated is not None:
             known = quick.run(repeated, query, prefix_key, prefix_value, key, value)
