@@ -121,6 +121,14 @@ def test_shfl_bfly(run: Run) -> None:
         np.testing.assert_array_equal(out[:, mask], data[:, lanes ^ mask])
 
 
+def test_shfl_idx(run: Run) -> None:
+    data = rng().integers(0, 2**32, (2, 32), np.uint32)
+    out = run("shfl_idx", data, 2 * 32 * 32 * 4).view(np.uint32).reshape(2, 32, 32)
+    lanes = np.arange(32)
+    for n in range(32):
+        np.testing.assert_array_equal(out[:, n], data[:, (lanes * n + n) % 32])
+
+
 def test_vote_ballot(run: Run) -> None:
     data = rng().integers(0, 2**32, (2, 32), np.uint32)
     out = run("vote_ballot", data, 2 * 32 * 32 * 4).view(np.uint32).reshape(2, 32, 32)

@@ -31,10 +31,11 @@ def draw(*shape: int, dtype: torch.dtype = HALF, grad: bool = False) -> torch.Te
 
 
 def agrees(run: Callable[[], Any]) -> None:
-    """Every tensor to the byte, every table within 5 %, and the products to the instruction."""
+    """Every tensor and block mask to the byte, every other table within 5 %, and the products to the instruction."""
     found = io.compare(run)
     assert found.counted
-    wrong = [name for name, error in found.errors().items() if abs(error) > (0.05 if name in io.cost.TABLES else 0)]
+    rough = io.cost.TABLES - {"block_map", "block_bits"}
+    wrong = [name for name, error in found.errors().items() if abs(error) > (0.05 if name in rough else 0)]
     assert not wrong, {name: (found.predicted.traffic.get(name), found.counted.get(name)) for name in wrong}
     assert abs(found.error) < 0.05
     assert found.mma in (found.predicted.flops // 4096, found.predicted.flops // 2048)

@@ -102,6 +102,17 @@ struct ShflBflyConformance : ConformanceKernel<32, 128, 32 * 128> {
   }
 };
 
+// Round r asks lane i for the value of lane (i * r + r) % 64, which counts as one of 32. out[round][lane]
+struct ShflIdxConformance : ConformanceKernel<32, 128, 32 * 128> {
+  static FLASHX_DEVICE void run(const Params& params) {
+    const int lane = ptx::lane();
+    const uint32_t value = in<uint32_t>(params, lane);
+    for (int round = 0; round < 32; ++round) {
+      out(params, round * 32 + lane, ptx::shfl_idx(value, (lane * round + round) % 64));
+    }
+  }
+};
+
 // Round r asks for bit r of each lane's input. out[round][lane]
 struct VoteBallotConformance : ConformanceKernel<32, 128, 32 * 128> {
   static FLASHX_DEVICE void run(const Params& params) {
@@ -275,6 +286,7 @@ const Conformance kConformance[] = {
     {"bar_red_or", run_conformance<BarRedOrConformance>},
     {"bar_warp_sync", run_conformance<BarWarpSyncConformance>},
     {"shfl_bfly", run_conformance<ShflBflyConformance>},
+    {"shfl_idx", run_conformance<ShflIdxConformance>},
     {"vote_ballot", run_conformance<VoteBallotConformance>},
     {"redux", run_conformance<ReduxConformance>},
     {"global_1", run_conformance<GlobalConformance<uint8_t>>},

@@ -83,9 +83,11 @@ class LogitRows {
 template <bool kGeneral>
 class Logits {
  public:
-  FLASHX_DEVICE Logits(const Problem& problem, const Place<kGeneral>& place)
+  // packed: the heads of a group are rows of a tile.
+  FLASHX_DEVICE Logits(const Problem& problem, const Place<kGeneral>& place, bool packed = true)
       : problem_(problem),
         place_(place),
+        packed_(packed),
         scale_(static_cast<float>(problem.scale)),
         cap_(static_cast<float>(problem.softcap)),
         inverse_cap_(problem.softcap == 0 ? 0.0f : static_cast<float>(1 / problem.softcap)) {}
@@ -126,11 +128,21 @@ class Logits {
     return row;
   }
 
+  // What the block map says of a tile, for operator(): asked for before the tile's scores are computed, since it takes
+  // two loads, one after the other. Arguments as there; `hides` is the same for all lanes.
+  template <bool kOwnKeys, int kN, typename RowOf>
+  FLASHX_DEVICE uint32_t look_up(int own, int k_begin, bool hides, RowOf row_of) const {
+    if constexpr (kGeneral) {
+      if (hides && problem_.blocks.map) return map_pieces<kOwnKeys, kN>(own, k_begin, row_of);
+    }
+    return 0;
+  }
+
   // s[m][n][i], element (own, stream) of a tile whose keys begin at k_begin. kOwnKeys: keys own, the warp's first one
-  // being `own`, and row_of(n, c) is the streamed row of column c of fragment n; otherwise rows own, and row_of(m,
-  // half) is theirs. capped, if softcap is on, becomes the capped scores, whose slope the backward needs.
+  // being `own`, and row_of(r) is the r-th streamed row; otherwise rows own, and row_of(r) is the warp's r-th. map:
+  // what look_up gave. capped, if softcap is on, becomes the capped scores, whose slope the backward needs.
   template <bool kOwnKeys, int kM, int kN, typename RowOf>
-  FLASHX_DEVICE void operator()(float (&s)[kM][kN][4], int own, int k_begin, bool hides, RowOf row_of,
+  FLASHX_DEVICE void operator()(float (&s)[kM][kN][4], int own, int k_begin, bool hides, RowOf row_of, uint32_t map,
                                 float (*capped)[kN][4]) const {
     if constexpr (kGeneral) {
       each<kOwnKeys>(s, own, row_of, [&](const auto& row) {
@@ -172,7 +184,7 @@ class Logits {
         };
       });
       if constexpr (kGeneral) {
-        if (problem_.blocks.map) hide_by_map<kOwnKeys>(s, own, k_begin, row_of);
+        if (problem_.blocks.map) hide_by_map<kOwnKeys>(s, row_of, map);
       }
     }
   }
@@ -204,14 +216,15 @@ class Logits {
   // of_row(its row)(s[m][n][i], its key counted from the tile's first, m, n, i)
   template <bool kOwnKeys, int kM, int kN, typename RowOf, typename OfRow>
   FLASHX_DEVICE void each(float (&s)[kM][kN][4], int own, RowOf row_of, OfRow of_row) const {
-    const int g = ptx::lane() / 4, t = ptx::lane() % 4;
+    // Opaque: addresses of rows are cheaper made again than kept.
+    const int lane = kGeneral ? static_cast<int>(ptx::opaque(ptx::lane())) : ptx::lane(), g = lane / 4, t = lane % 4;
     FLASHX_UNROLL
     for (int m = 0; m < kM; ++m) {
       if constexpr (kOwnKeys) {
         FLASHX_UNROLL
         for (int c = 0; c < 2 * kN; ++c) {
           const int n = c / 2;
-          const auto f = of_row(row_of(n, c % 2));
+          const auto f = of_row(row_of(8 * n + 2 * t + c % 2));
           FLASHX_UNROLL
           for (int half = 0; half < 2; ++half) {
             const int i = 2 * half + c % 2;
@@ -221,7 +234,7 @@ class Logits {
       } else {
         FLASHX_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const auto f = of_row(row_of(m, half));
+          const auto f = of_row(row_of(16 * m + 8 * half + g));
           FLASHX_UNROLL
           for (int c = 0; c < 2 * kN; ++c) {
             const int n = c / 2, i = 2 * half + c % 2;
@@ -232,31 +245,89 @@ class Logits {
     }
   }
 
-  // Where the block map says so, 16 keys at a time.
-  template <bool kOwnKeys, int kM, int kN, typename RowOf>
-  FLASHX_DEVICE void hide_by_map(float (&s)[kM][kN][4], int own, int k_begin, RowOf row_of) const {
-    const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-    const auto piece = [&](const auto& row, int key) {
-      const uint32_t heads = static_cast<uint32_t>(problem_.q_heads), head = static_cast<uint32_t>(row.head());
-      return problem_.blocks.piece<uint32_t>(LoadGlobal{}, head / heads, head % heads, row.query(), k_begin + key);
-    };
+  // A block map says for a row and 16 keys which of them the row sees: a piece. Rows of one query that share a map
+  // share its pieces: they are a line. A warp's lanes load the pieces of a tile, each once, and hand them round: lane i
+  // has piece i of those of the tile's lines, one line after the other, and above it piece i + 32.
+  template <bool kOwnKeys, int kN>
+  struct Pieces {
+    static constexpr int kRows = kOwnKeys ? 8 * kN : 16, kOfLine = kOwnKeys ? 1 : kN / 2, kCount = kRows * kOfLine;
+    static constexpr int kOfLane = kCount > 32 ? 2 : 1;
+    static_assert(kCount <= 64);
+  };
+
+  // Rows of a query. If they have one map they are a line, and lines are side by side as their queries are.
+  FLASHX_DEVICE int step() const { return packed_ ? static_cast<int>(place_.step()) : 1; }
+  FLASHX_DEVICE int line_rows() const { return !problem_.members && problem_.blocks.head == 0 ? step() : 1; }
+
+  template <bool kOwnKeys, int kN, typename RowOf>
+  FLASHX_DEVICE uint32_t map_pieces(int own, int k_begin, RowOf row_of) const {
+    using P = Pieces<kOwnKeys, kN>;
+    const BlockMap& blocks = problem_.blocks;
+    const uint32_t q_block = blocks.q_block, k_block = blocks.k_block;
+    const int rows = line_rows(), lines = step() / rows;  // of a query
+    const int missing = row_of(0).head() % rows;          // rows of the first line, that the tile before has
+    int32_t entries[P::kOfLane];
+    uint32_t pieces = 0;
     FLASHX_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      if constexpr (kOwnKeys) {
+    for (int i = 0; i < P::kOfLane; ++i) {
+      const int at = 32 * i + ptx::lane(), line = at / P::kOfLine, r = larger(line * rows - missing, 0);
+      const bool real = at < P::kCount && r < P::kRows;
+      const auto row = row_of(real ? r : 0);
+      const uint32_t query = row.query(), key = k_begin + own + at % P::kOfLine * 16;
+      const uint32_t line_of_block = query % q_block, column = key % k_block;
+      // Its block's first piece in the tile asks for the map's entry.
+      const int first_line = line - smaller(static_cast<int>(line_of_block), line / lines) * lines;
+      const int first = first_line * P::kOfLine + larger(at % P::kOfLine - static_cast<int>(column / 16), 0);
+      entries[i] = BlockMap::kHidden;
+      if (real && at == first) {
+        const uint32_t heads = static_cast<uint32_t>(problem_.q_heads), head = static_cast<uint32_t>(row.head());
+        entries[i] = blocks.entry(LoadGlobal{}, head / heads, head % heads, query / q_block, key / k_block);
+      }
+      int32_t entry = BlockMap::kHidden;
+      FLASHX_UNROLL
+      for (int from = 0; from <= i; ++from) {
+        const int32_t other = static_cast<int32_t>(ptx::shfl_idx(static_cast<uint32_t>(entries[from]), first % 32));
+        if (first / 32 == from) entry = other;
+      }
+      uint32_t piece = entry == BlockMap::kFull ? 0xffff : 0;
+      // Not of keys past the row's last, nor of rows past the last one, which see nothing.
+      if (real && entry >= BlockMap::kBitmap && static_cast<int>(key) < row.high()) {
+        const int64_t line_of_bits = int64_t{entry - BlockMap::kBitmap} * q_block + line_of_block;
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(blocks.bits);  // the lower one comes first
+        piece = ptx::ld_global(halves + (line_of_bits * (2 * blocks.words()) + column / 16));
+      }
+      pieces |= piece << 16 * i;
+    }
+    return pieces;
+  }
+
+  // Where the block map says so; pieces: the lane's.
+  template <bool kOwnKeys, int kM, int kN, typename RowOf>
+  FLASHX_DEVICE void hide_by_map(float (&s)[kM][kN][4], RowOf row_of, uint32_t pieces) const {
+    static_assert(kM == 1);
+    using P = Pieces<kOwnKeys, kN>;
+    const int g = ptx::lane() / 4, t = ptx::lane() % 4;
+    const bool lines = line_rows() > 1;
+    const int first_query = row_of(0).query();
+    const auto line_of = [&](int r) { return lines ? row_of(r).query() - first_query : r; };
+    const auto piece = [&](int at) { return ptx::shfl_idx(pieces, at % 32) >> (P::kOfLane > 1 ? at / 32 * 16 : 0); };
+    if constexpr (kOwnKeys) {
+      FLASHX_UNROLL
+      for (int c = 0; c < 2 * kN; ++c) {
+        const uint32_t bits = piece(line_of(8 * (c / 2) + 2 * t + c % 2)) >> g;
+        if ((bits & 1) == 0) s[0][c / 2][c % 2] = -kInf;
+        if ((bits >> 8 & 1) == 0) s[0][c / 2][2 + c % 2] = -kInf;
+      }
+    } else {
+      FLASHX_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int at = line_of(8 * half + g) * P::kOfLine;
         FLASHX_UNROLL
-        for (int c = 0; c < 2 * kN; ++c) {
-          const uint32_t bits = piece(row_of(c / 2, c % 2), own + 16 * m) >> g;
-          if ((bits & 1) == 0) s[m][c / 2][c % 2] = -kInf;
-          if ((bits >> 8 & 1) == 0) s[m][c / 2][2 + c % 2] = -kInf;
-        }
-      } else {
-        FLASHX_UNROLL
-        for (int r = 0; r < kN; ++r) {
-          const int half = r % 2, n = r / 2 * 2;
-          const uint32_t bits = piece(row_of(m, half), 8 * n) >> 2 * t;
+        for (int n = 0; n < kN; n += 2) {
+          const uint32_t bits = piece(at + n / 2) >> 2 * t;
           FLASHX_UNROLL
           for (int i = 0; i < 4; ++i) {
-            if ((bits >> (8 * (i / 2) + i % 2) & 1) == 0) s[m][n + i / 2][2 * half + i % 2] = -kInf;
+            if ((bits >> (8 * (i / 2) + i % 2) & 1) == 0) s[0][n + i / 2][2 * half + i % 2] = -kInf;
           }
         }
       }
@@ -284,6 +355,7 @@ class Logits {
 
   const Problem& problem_;
   Place<kGeneral> place_;
+  bool packed_;
   float scale_, cap_, inverse_cap_;
 };
 

@@ -181,6 +181,8 @@ class Place<true> {
   FLASHX_DEVICE uint32_t rows() const { return word(kRows); }
   FLASHX_DEVICE int64_t k_len() const { return word(kKLen); }
   FLASHX_DEVICE int64_t key_batch() const { return word(kKeyBatch); }
+  // Rows of a query.
+  FLASHX_DEVICE uint32_t step() const { return heads() * word(kMembers); }
 
   FLASHX_DEVICE int64_t head(uint32_t r) const {
     const uint32_t count = heads();
@@ -228,10 +230,10 @@ class Place<true> {
     return sight;
   }
   FLASHX_DEVICE ColumnSchedule rows_of(int64_t k_begin, int64_t k_end) const {
-    const int64_t q_len = word(kQLen), step = int64_t{heads()} * word(kMembers);
+    const int64_t q_len = word(kQLen);
     ColumnSchedule schedule(latest(), q_len, k_begin, k_end);
-    schedule.begin *= step;
-    schedule.end = earliest().end_row(k_begin, k_end, q_len) * step;
+    schedule.begin *= step();
+    schedule.end = earliest().end_row(k_begin, k_end, q_len) * step();
     return schedule;
   }
 

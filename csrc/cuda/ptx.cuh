@@ -52,6 +52,8 @@ FLASHX_DEVICE bool bar_red_or(bool value) { return __syncthreads_or(value); }
 FLASHX_DEVICE void bar_warp_sync() { __syncwarp(); }
 // shfl.sync.bfly: the value of lane ^ mask.
 FLASHX_DEVICE float shfl_bfly(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// shfl.sync.idx: the value of lane `lane` % 32.
+FLASHX_DEVICE uint32_t shfl_idx(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 // vote.sync.ballot: bit i is lane i's value.
 FLASHX_DEVICE uint32_t vote_ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 // redux.sync.min.s32, redux.sync.max.s32: of the warp's lanes.

@@ -27,6 +27,7 @@ struct Warp;
 enum class WarpOp : uint8_t {
   None,
   Shuffle,
+  ShuffleFrom,
   Ballot,
   ReduceMin,
   ReduceMax,
@@ -69,8 +70,8 @@ struct Arguments {
   uint32_t* out;
   uint32_t address;
   float value;
-  int mask;
-  uint32_t word;  // of a vote or a reduction: the lane's, then the warp's
+  int mask;       // of a shuffle: the other lane, or how it differs
+  uint32_t word;  // of a vote, a reduction or a shuffle: the lane's, then what it gets
 };
 
 struct Warp {

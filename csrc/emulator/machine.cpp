@@ -43,6 +43,8 @@ const char* name_of(WarpOp op) {
   switch (op) {
     case WarpOp::Shuffle:
       return "shfl.sync.bfly";
+    case WarpOp::ShuffleFrom:
+      return "shfl.sync.idx";
     case WarpOp::Ballot:
       return "vote.sync.ballot";
     case WarpOp::ReduceMin:
@@ -265,6 +267,13 @@ float shuffle(float value, int mask) {
   return mine.value;
 }
 
+uint32_t shuffle_from(uint32_t value, int lane) {
+  Arguments& mine = arguments(*running);
+  mine.word = value, mine.mask = lane;
+  running->worker->arrive(WarpOp::ShuffleFrom);
+  return mine.word;
+}
+
 static uint32_t vote(WarpOp op, uint32_t word) {
   Arguments& mine = arguments(*running);
   mine.word = word;
@@ -319,6 +328,12 @@ void Worker::execute(Warp& warp, WarpOp op) {
       float values[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) values[lane] = warp.lanes[lane].value;
       for (int lane = 0; lane < kLanes; ++lane) warp.lanes[lane].value = values[lane ^ (warp.lanes[lane].mask & 31)];
+      return;
+    }
+    case WarpOp::ShuffleFrom: {
+      uint32_t words[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) words[lane] = warp.lanes[lane].word;
+      for (Arguments& lane : warp.lanes) lane.word = words[lane.mask & 31];
       return;
     }
     case WarpOp::Ballot: {

@@ -25,6 +25,7 @@ bool block_barrier(bool reduce, bool value);
 
 void warp_sync();
 float shuffle(float value, int mask);
+uint32_t shuffle_from(uint32_t value, int lane);
 uint32_t ballot(bool value);
 int reduce_min(int value);
 int reduce_max(int value);
@@ -63,6 +64,7 @@ inline void bar_sync(int id, int threads) { emulator::barrier(id, threads, false
 inline bool bar_red_or(bool value) { return emulator::block_barrier(true, value); }
 inline void bar_warp_sync() { emulator::warp_sync(); }
 inline float shfl_bfly(float value, int mask) { return emulator::shuffle(value, mask); }
+inline uint32_t shfl_idx(uint32_t value, int lane) { return emulator::shuffle_from(value, lane); }
 inline uint32_t vote_ballot(bool value) { return emulator::ballot(value); }
 inline int redux_min(int value) { return emulator::reduce_min(value); }
 inline int redux_max(int value) { return emulator::reduce_max(value); }

@@ -12,10 +12,12 @@ from ..problem import Problem
 from . import tiles as sm80
 from .calls import Tables
 from .cost import Cost, Kernel, Tally
-from .tiles import LANES, WORD, Map, Span, Strip, Tiles, ceil_div, group
+from .tiles import LANES, WORD, Map, Row, Span, Strip, Tiles, ceil_div, group
 
 _FIELDS = 6  # words of a sequence in its table
 _MEMBER_FIELDS = 4  # and those that are read of a member, whose rows are all of query's
+_WARP_ROWS = 16  # rows, or keys, that a warp owns
+_PIECE = 2  # bytes of a bitmap for 16 keys
 
 
 def forward(
@@ -249,11 +251,17 @@ class _Model:
             tally.read("bias", strip.count * rows * keys * self.tables.bias[1])
         if not partial:
             return
-        map_, packed = self._map(strip), strip.packed(first, rows)
+        packed = strip.packed(first, rows)
         for j in partial:
-            words, bits = map_.pieces(*packed, j * stream, (j + 1) * stream)
-            tally.read("block_map", strip.count * 4 * words * WORD)
-            tally.read("block_bits", strip.count * 4 * bits * WORD)
+            for warp in range(0, rows, _WARP_ROWS):
+                its = packed[warp : warp + _WARP_ROWS]
+                self._pieces(tally, strip, its, strip.step, j * stream, (j + 1) * stream)
+
+    def _pieces(self, tally: Tally, strip: Strip, rows: list[Row], step: int, begin: int, end: int) -> None:
+        """What a warp reads of a block map to hide elements."""
+        entries, pieces = self._map(strip).pieces(rows, step, begin, end)
+        tally.read("block_map", strip.count * entries * WORD)
+        tally.read("block_bits", strip.count * pieces * _PIECE)
 
     def _combine(self, parts: int, carried: bool, suspend: bool, fresh: bool) -> Cost:
         """csrc/cuda/combine.cuh: a warp for each row merges its parts."""
@@ -390,12 +398,11 @@ class _Model:
         return seen, partial
 
     def _pieces_of_keys(self, tally: Tally, strip: Strip, tiles: Tiles, k_begin: int, partial: list[int]) -> None:
-        """Elements of a block map that a block of keys looks up: 8 lanes for each row and 16 keys."""
+        """Elements of a block map that a block of keys looks up: a warp owns 16 of them."""
         for j in partial:
             packed = strip.packed(j * tiles.stream, tiles.stream)
-            words, bits = self._map(strip).pieces(*packed, k_begin, k_begin + tiles.rows)
-            tally.read("block_map", strip.count * 8 * words * WORD)
-            tally.read("block_bits", strip.count * 8 * bits * WORD)
+            for key in range(k_begin, k_begin + tiles.rows, _WARP_ROWS):
+                self._pieces(tally, strip, packed, strip.step, key, key + _WARP_ROWS)
 
     def _grad_query(self, tiles: Tiles, general: bool, adds: bool) -> Cost:
         p, tally, element = self.problem, Tally(), self.element
@@ -470,10 +477,11 @@ class _Model:
                         tally.read("alibi_slopes", n * tiles.rows * WORD)
                     if map_ is not None and not whole:
                         for head in range(step):
-                            its = [min(r, p.q_len - 1) for r in range(q, q + tiles.rows)]
-                            words, bits = map_.pieces(its, [head] * tiles.rows, k, k + tiles.stream)
-                            tally.read("block_map", strip.count * 4 * words * WORD)
-                            tally.read("block_bits", strip.count * 4 * bits * WORD)
+                            # Its rows are those of a strip of one head.
+                            its = strip.packed(q * step, tiles.rows * step)[head::step]
+                            for warp in range(0, tiles.rows, _WARP_ROWS):
+                                part = its[warp : warp + _WARP_ROWS]
+                                self._pieces(tally, strip, part, 1, k, k + tiles.stream)
         tally.write("grad_bias", size[0] * size[1] * size[2] * size[3] * bias_bytes)
         unique = self._unique(("query", "key", "value", "grad_out"))
         return Cost((Kernel("grad_bias", tally.traffic(), 2 * self.product(1, 1) * work, work, unique, blocks),))

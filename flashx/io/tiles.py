@@ -6,7 +6,6 @@ The same as csrc/cuda/sm80/config.h, csrc/core/schedule.h and csrc/cuda/place.cu
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -99,6 +98,14 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Row(NamedTuple):
+    """A packed row: its query, its head in its group, and the first key that its interval ends before."""
+
+    query: int
+    head: int
+    high: int
+
+
 class Span(NamedTuple):
     """Keys that rows see together: each row's limits lie between these."""
 
@@ -163,11 +170,14 @@ class Strip:
         for first in range(0, self.rows, tile):
             yield first, min(first + tile, self.rows) - 1
 
-    def packed(self, first: int, tile: int) -> tuple[list[int], list[int]]:
-        """Query, and head in its group, of each row of a tile; rows past the last are taken for the last."""
-        rows = [min(r, self.rows - 1) for r in range(first, first + tile)]
+    def packed(self, first: int, tile: int) -> list[Row]:
+        """The rows of a tile. Those past the last are taken for the last, but see nothing."""
         heads = self.step // self.members
-        return [r // self.step for r in rows], [r % heads for r in rows]
+        return [
+            Row(last // self.step, last % heads, self.early.hi(last // self.step, self.k_len) if r == last else 0)
+            for r in range(first, first + tile)
+            for last in (min(r, self.rows - 1),)
+        ]
 
 
 def strips(problem: Problem, tables: Tables) -> list[Strip]:
@@ -232,18 +242,23 @@ class Map:
                 break
         return seen, seen and whole, read
 
-    def pieces(self, queries: list[int], heads: list[int], begin: int, end: int) -> tuple[int, int]:
-        """Words of the map and of bitmaps that one lane per row and 16 keys reads to hide the elements of a tile.
+    def pieces(self, rows: list[Row], step: int, begin: int, end: int) -> tuple[int, int]:
+        """Entries of the map, and 16-bit pieces of bitmaps, that a warp reads to hide elements of its rows.
 
-        ``queries``, ``heads``: of each row; heads count within the group.
+        The rows of a query are one line if they share a map, and read its pieces once. The first piece of a block in
+        the tile reads its entry. ``step``: rows of a query.
         """
-        rows = Counter((head % len(self.entries), q // self.q_block) for q, head in zip(queries, heads, strict=True))
-        columns = [k // self.k_block for k in range(begin, end, 16) if k // self.k_block < self.k_blocks]
-        bitmaps = sum(
-            count * sum(self.entries[head][line][column] >= 2 for column in columns)
-            for (head, line), count in rows.items()
-        )
-        return len(queries) * len(columns), bitmaps
+        of_line = step if len(self.entries) == 1 else 1
+        missing = rows[0].head % of_line
+        entries = pieces = 0
+        for line, first in enumerate((0, *range(of_line - missing, len(rows), of_line))):
+            query, head, high = rows[first]
+            opens = line < step // of_line or query % self.q_block == 0
+            of_row = self.entries[head % len(self.entries)][query // self.q_block]
+            for key in range(begin, min(end, self.k_blocks * self.k_block), 16):
+                entries += opens and (key == begin or key % self.k_block == 0)
+                pieces += key < high and of_row[key // self.k_block] >= 2
+        return entries, pieces
 
 
 def _clamp(value: int, most: int) -> int:

@@ -42,11 +42,11 @@ struct RowEnd {
 // for a bias, of the logits, which softcap's slope is not yet part of.
 template <bool kGeneral, bool kOwnKeys, bool kOfLogits = false, int kN, typename RowOf, typename EndOf>
 FLASHX_DEVICE void differentiate(const Problem& problem, const Logits<kGeneral>& logits, float (&s)[1][kN][4],
-                                 float (&dp)[1][kN][4], int own, int k_begin, bool hides, RowOf row_of, EndOf end_of,
-                                 bool want_dp) {
+                                 float (&dp)[1][kN][4], int own, int k_begin, bool hides, RowOf row_of, uint32_t map,
+                                 EndOf end_of, bool want_dp) {
   const float unit = logits.unit(), cap = static_cast<float>(problem.softcap);
   float capped[1][kN][4];
-  logits.template operator()<kOwnKeys>(s, own, k_begin, hides, row_of, kGeneral ? capped : nullptr);
+  logits.template operator()<kOwnKeys>(s, own, k_begin, hides, row_of, map, kGeneral ? capped : nullptr);
   FLASHX_UNROLL
   for (int n = 0; n < kN; ++n) {
     FLASHX_UNROLL
@@ -178,13 +178,7 @@ struct GradKeyValue {
         ptx::cp_async_wait<kStages - 1>();
         ptx::bar_sync();  // tile j is there
 
-        // S^T = K Q^T, dP^T = V dO^T
-        float s[1][kN][4], dp[1][kN][4];
-        multiply_rows<OwnTile, StreamTile>(s, key_tile, own, query_tile, params.exact, pass);
-        if (kKey) multiply_rows<OwnTile, StreamTile>(dp, value_tile, own, grad_out_tile, params.exact, pass);
-
-        const auto row_of = [&](int n, int c) {
-          const int r = 8 * n + ptx::lane() % 4 * 2 + c;
+        const auto row_of = [&](int r) {
           if constexpr (kGeneral) {
             return RowTable(row_ends + kEndBytes)[r];
           } else {
@@ -192,11 +186,18 @@ struct GradKeyValue {
             return logits.row(ptx::opaque(static_cast<uint32_t>(j * kStream + r)));
           }
         };
+        const uint32_t map = logits.template look_up<true, kN>(own, k_begin, hides, row_of);
+
+        // S^T = K Q^T, dP^T = V dO^T
+        float s[1][kN][4], dp[1][kN][4];
+        multiply_rows<OwnTile, StreamTile>(s, key_tile, own, query_tile, params.exact, pass);
+        if (kKey) multiply_rows<OwnTile, StreamTile>(dp, value_tile, own, grad_out_tile, params.exact, pass);
+
         const auto end_of = [&](int n, int i) {
           const uint32_t at = row_ends + (8 * n + ptx::lane() % 4 * 2 + i % 2) * static_cast<uint32_t>(sizeof(RowEnd));
           return RowEnd{ptx::ld_shared<float>(at), ptx::ld_shared<float>(at + 4)};
         };
-        differentiate<kGeneral, true>(problem, logits, s, dp, own, k_begin, hides, row_of, end_of, kKey);
+        differentiate<kGeneral, true>(problem, logits, s, dp, own, k_begin, hides, row_of, map, end_of, kKey);
 
         // dV += P^T dO, dK += dS^T Q
         if constexpr (kValue) multiply_columns<StreamTile>(grad_value, s, grad_out_tile, params.exact, pass);
@@ -278,12 +279,11 @@ struct GradQuery {
     if constexpr (kGeneral) {
       for (int r = ptx::thread(); r < kOwn; r += kThreads) row_table.put(r, logits.row(first + r));
     }
-    const auto row_of = [&](int, int half) {
-      const int r = own + 8 * half + ptx::lane() / 4;
+    const auto row_of = [&](int r) {
       if constexpr (kGeneral) {
-        return row_table[r];
+        return row_table[own + r];
       } else {
-        return logits.row(ptx::opaque(first + r));
+        return logits.row(ptx::opaque(first + own + r));
       }
     };
     RowEnd ends[2];
@@ -306,11 +306,13 @@ struct GradQuery {
         ptx::cp_async_wait<kStages - 1>();
         ptx::bar_sync();  // tile j is there
 
+        const uint32_t map = logits.template look_up<false, kN>(0, j * kStream, hides, row_of);
+
         // S = Q K^T, dP = dO V^T
         float s[1][kN][4], dp[1][kN][4];
         multiply_rows<OwnTile, StreamTile>(s, query_tile, own, key_tile, params.exact, pass);
         multiply_rows<OwnTile, StreamTile>(dp, grad_out_tile, own, key_tile + StreamTile::kBytes, params.exact, pass);
-        differentiate<kGeneral, false>(problem, logits, s, dp, 0, j * kStream, hides, row_of, end_of, true);
+        differentiate<kGeneral, false>(problem, logits, s, dp, 0, j * kStream, hides, row_of, map, end_of, true);
 
         // dQ += dS K
         multiply_columns<StreamTile>(acc, dp, key_tile, params.exact, pass);
@@ -421,7 +423,7 @@ struct GradBias {
     const uint32_t key_tile = grad_out_tile + QueryTile::kBytes, value_tile = key_tile + KeyTile::kBytes;
     const RowTable row_table(ptx::shared_base() + kRowTable);
     const BackwardTensors& tensors = params.tensors;
-    const Logits<true> logits(problem, place);
+    const Logits<true> logits(problem, place, false);
     const auto of_head = [&](const View& view, int dim, bool aligned) {
       const Rows<E> rows{view.template at<E>(place.key_batch(), head, 0),
                          view.row,
@@ -447,6 +449,8 @@ struct GradBias {
     ptx::bar_sync();
 
     const int own = ptx::warp() * 16;
+    const auto row_of = [&](int r) { return row_table[own + r]; };
+    const uint32_t map = logits.template look_up<false, kN>(0, static_cast<int>(k), !sight.whole, row_of);
     float s[1][kN][4], dp[1][kN][4];
     // Careful from the start: there is no second sweep here.
     multiply_rows<QueryTile, KeyTile>(s, query_tile, own, key_tile, params.exact, Pass::Finite);
@@ -457,8 +461,7 @@ struct GradBias {
       ends[half] = RowEnd::of(tensors, place, packed(q + own + 8 * half + ptx::lane() / 4));
     }
     differentiate<true, false, true>(
-        problem, logits, s, dp, 0, static_cast<int>(k), !sight.whole,
-        [&](int, int half) { return row_table[own + 8 * half + ptx::lane() / 4]; },
+        problem, logits, s, dp, 0, static_cast<int>(k), !sight.whole, row_of, map,
         [&](int, int i) { return ends[i / 2]; }, true);
     FLASHX_UNROLL
     for (int n = 0; n < kN; ++n) {

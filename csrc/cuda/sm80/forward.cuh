@@ -62,12 +62,11 @@ struct Forward {
     if constexpr (kGeneral) {
       for (int r = ptx::thread(); r < kRows; r += kThreads) row_table().put(r, logits.row(first + r));
     }
-    const auto row_of = [&](int m, int half) {
-      const int r = own + 16 * m + 8 * half + ptx::lane() / 4;
+    const auto row_of = [&](int r) {
       if constexpr (kGeneral) {
-        return row_table()[r];
+        return row_table()[own + r];
       } else {
-        return logits.row(ptx::opaque(first + r));
+        return logits.row(ptx::opaque(first + own + r));
       }
     };
     // A carried state may have any maximum.
@@ -96,9 +95,10 @@ struct Forward {
         // S = Q K^T
         const bool hides = !walk.whole(j);
         upcoming = walk.next(j + 1);
+        const uint32_t map = logits.template look_up<false, kN>(0, k_begin, hides, row_of);
         float s[kM][kN][4];
         multiply_rows<QueryTile, KeyTile>(s, query_tile, own, key_tile, params.exact, pass);
-        logits.template operator()<false>(s, 0, k_begin, hides, row_of, static_cast<float (*)[kN][4]>(nullptr));
+        logits.template operator()<false>(s, 0, k_begin, hides, row_of, map, static_cast<float (*)[kN][4]>(nullptr));
 
         ptx::cp_async_wait<0>();
         ptx::bar_sync();  // V(j) is there, and K(j) is free
