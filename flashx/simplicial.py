@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 
+from . import dispatch
 from .attention import EXPLAINERS, AttentionResult, Explanation, attention, explain
+from .backends import triton
 from .checks import check_int, check_tensor
-from .problem import accumulation_dtype, check_qkv, shape
+from .masks import IntervalMask
+from .ops import last_contiguous
+from .problem import Inputs, Problem, accumulation_dtype, check_qkv, shape
 
+_FUSED = "simplicial"
+_T = TypeVar("_T")
 # Rows (queries times second keys) that are computed at a time: what bounds the memory.
 _ROWS = 2**13
 
@@ -67,9 +73,11 @@ def simplicial_attention(
     ``i - window2 < k <= i``; ``out[i] = sum_jk softmax_jk(logits[i])[j, k] * value[j] * value2[k]``, values multiplied
     element by element (Roy et al., "Fast and Simplex: 2-Simplicial Attention in Triton", sections 3 and 4).
 
-    A row with its second key is a query, ``query[i] * key2[k]``, of plain windowed attention. The second keys of a row
-    are to the kernels what the heads of a group are (GQA): they share the key tiles that they read. Rows are taken in
-    chunks, so memory does not grow with ``L * window2``; the backward computes each chunk anew.
+    A row with its second key is a query, ``query[i] * key2[k]``, of plain windowed attention. On GPUs fused Triton
+    kernels make these queries as they go, where there is Triton and they take the call (``flashx.explain`` says why
+    not). Elsewhere the second keys of a row are to the kernels of ``flashx.attention`` what the heads of a group are
+    (GQA): they share the key tiles that they read. Rows are taken in chunks, so memory does not grow with
+    ``L * window2``; the backward computes each chunk anew.
 
     Args:
         query: (B, Hq, L, D), D up to 256.
@@ -93,7 +101,12 @@ def simplicial_attention(
         torch.Size([1, 4, 300, 64])
     """
     widths, number = _checked(query, key, value, key2, value2, window, window2, scale)
-    out, lse = _Simplicial.apply(query, key, value, key2, value2, widths, number, backend)
+    tensors = (query, key, value, key2, value2)
+    problem, against = _fused(tensors, widths, number, backend)
+    if problem is not None and not against:
+        out, lse = _Fused.apply(*tensors, widths, problem)
+    else:
+        out, lse = _Simplicial.apply(*tensors, widths, number, backend)
     return AttentionResult(out, lse) if return_lse else out
 
 
@@ -131,6 +144,64 @@ def _checked(
     widths = _Widths(min(window, length), min(window2, length))
     number = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     return widths, number
+
+
+def _fused(
+    tensors: tuple[torch.Tensor, ...], widths: _Widths, scale: float, backend: str | None
+) -> tuple[Problem | None, list[str]]:
+    """What the fused kernels are asked to run, the attention over the keys of the wider window, and the reasons against
+    that; without a problem where nobody asks them."""
+    dispatch.check_name(backend)
+    if backend not in (None, triton.NAME) or (backend is None and not tensors[0].is_cuda):
+        return None, []
+    mask = IntervalMask(left=max(widths) - 1, right=0)
+    problem = Problem.from_tensors(_inputs(_wider_first(tensors, widths)), mask, scale)
+    return problem, triton.simplicial_why_not(problem)
+
+
+def _wider_first(tensors: tuple[_T, ...], widths: _Widths) -> tuple[_T, ...]:
+    """With the keys and values exchanged where the second window is the wider one: it makes tiles, the other pairs."""
+    query, key, value, key2, value2 = tensors
+    return tensors if widths.first >= widths.second else (query, key2, value2, key, value)
+
+
+def _inputs(tensors: tuple[torch.Tensor, ...]) -> Inputs:
+    query, key, value, _, _ = tensors
+    return Inputs(query, key, value, None, None, None, None)
+
+
+class _Fused(torch.autograd.Function):
+    """The fused kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        widths, problem = arguments[5:]
+        tensors = tuple(last_contiguous(tensor) for tensor in arguments[:5])
+        ordered = _wider_first(tensors, widths)
+        out, lse = triton.simplicial_forward(problem, _inputs(ordered), ordered[3], ordered[4], min(widths))
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.options = (widths, problem)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+        *saved, out, lse = ctx.saved_tensors
+        widths, problem = ctx.options
+        if grad_out is None and grad_lse is None:
+            return (None,) * 7
+        grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        query, first, second = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[3:5])
+        needed = (query, first, first, second, second)
+        gradients = tuple(torch.empty_like(t) if need else None for t, need in zip(saved, needed, strict=True))
+        tensors = _wider_first(tuple(saved), widths)
+        triton.simplicial_backward(
+            problem, _inputs(tensors), tensors[3], tensors[4], min(widths), out, lse, grad_out, grad_lse,
+            _wider_first(gradients, widths),
+        )  # fmt: skip
+        return (*gradients, None, None)
 
 
 def _chunks(query: torch.Tensor, widths: _Widths) -> Iterator[tuple[int, int]]:
@@ -232,13 +303,22 @@ def _explain(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Of the call that the longest chunk makes, the last of them: all of its rows see as many keys as any."""
+    """Of the fused kernels; or of the call that the longest chunk makes, the last of them: all of its rows see as many
+    keys as any."""
     widths, number = _checked(query, key, value, key2, value2, window, window2, scale)
+    problem, against = _fused((query, key, value, key2, value2), widths, number, backend)
+    if problem is not None and not against:
+        others = {name: why for name, why in dispatch.refusals(problem).items() if name != triton.NAME}
+        kernel = f"{triton.kernel(problem)}/{_FUSED}"
+        return Explanation(problem, triton.NAME, kernel, {**others, triton.NAME: []})
     begin, end = max(_chunks(query, widths), key=lambda chunk: (chunk[1] - chunk[0], chunk[0]), default=(0, 0))
     query, key, value = _slices((query, key, value, key2, value2), begin, end, widths)[:3]
     batch, q_heads, count, dim = query.shape
     rows = query.new_empty(()).expand(batch, q_heads * widths.second, count, dim)
-    return explain(rows, key, value, **_options(widths, number, backend))
+    explained = explain(rows, key, value, **_options(widths, number, backend))
+    if against:
+        explained = explained._replace(refusals={**explained.refusals, f"{triton.NAME}/{_FUSED}": against})
+    return explained
 
 
 EXPLAINERS[simplicial_attention] = _explain

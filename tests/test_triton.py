@@ -35,6 +35,11 @@ def test_interpreted() -> None:
 
 
 @needs_triton
+def test_simplicial_interpreted() -> None:
+    run("triton_simplicial.py", "not slow", interpret=True)
+
+
+@needs_triton
 @pytest.mark.exhaustive
 def test_every_case_interpreted() -> None:
     run("triton_interpreted.py", "slow", interpret=True)

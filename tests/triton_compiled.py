@@ -43,7 +43,7 @@ INSTRUCTIONS_PER_LOCAL = 64
 
 EVERYTHING = {"bias": torch.float32, "alibi": True, "softcap": 30.0, "sinks": True}
 WINDOW = IntervalMask(left=200, right=0, first=4)
-# What Problem's fields are; "state" has a call go on from one, or leave one, too.
+# What Problem's fields are; "state" has a call go on from one, or leave one, too, "window2" makes it 2-simplicial.
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "general": EVERYTHING,
@@ -57,6 +57,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "decoding": {"ragged": True, "q_len": 1, "k_len": 5000, "unified_max": 3.0},
     "prefill": {"ragged": True, "k_len": 5000, "page": 16, "unified_max": 3.0},
     "pages": {"ragged": True, "q_len": 1, "k_len": 5000, "page": 16},
+    "pairs": {"mask": IntervalMask(left=200, right=0), "window2": 32},
 }
 
 
@@ -87,10 +88,13 @@ class _Machine:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """compiled(arch, problem, state): the kernels that the problem's forward and backward would start there."""
+    """compiled(arch, problem, state, window2): the kernels that the problem's forward and backward would start there;
+    with window2 those of 2-simplicial attention."""
     before = driver._active
 
-    def compile_for(arch: int, problem: Problem, state: str | None = None) -> list[Compiled]:
+    def compile_for(
+        arch: int, problem: Problem, state: str | None = None, window2: int | None = None
+    ) -> list[Compiled]:
         kernels = []
 
         def run(kernel: Any, grid: tuple[int, int], tile: Any, *arguments: Any) -> None:
@@ -103,19 +107,29 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         def tiles(capability: tuple[int, int], *of: Any) -> Any:
             return tuning.tiles((arch // 10, arch % 10), *of)
 
+        def simplicial_tiles(capability: tuple[int, int] | None, *of: Any) -> Any:
+            return tuning.simplicial_tiles((arch // 10, arch % 10), *of)
+
         driver.set_active(_Machine(arch))
         monkeypatch.setattr(launch, "run", run)
         monkeypatch.setattr(launch, "tiles", tiles)
+        monkeypatch.setattr(launch, "simplicial_tiles", simplicial_tiles)
         inputs = tensors(problem)
         query, key, value = inputs[:3]
         out, lse = query.new_empty(*query.shape[:3], problem.value_dim), torch.empty(query.shape[:3])
+        if window2 is not None:
+            second = launch.Second(key, value, window2)
+            launch.simplicial_forward(problem, inputs, second, out, lse, False)
+            gradients = (query, key, value, key, value)
+            launch.simplicial_backward(problem, inputs, second, out, lse, out, lse, lse, gradients, False)
+            return kernels
         carry = None if state is None else Carry(lse, lse, torch.empty(out.shape), state == "suspended")
         launch.forward(problem, inputs, out, lse, carry, False)
         if problem.page is None and problem.q_len > 1:
             grad_bias = inputs.bias if inputs.bias is not None and inputs.bias.is_floating_point() else None
             grad_query = torch.empty(query.shape) if carry is not None else query
-            gradients = Gradients(grad_query, key, value, grad_bias, None, carry is not None)
-            launch.backward(problem, inputs, out, lse, out, lse, lse, gradients, False)
+            sums = Gradients(grad_query, key, value, grad_bias, None, carry is not None)
+            launch.backward(problem, inputs, out, lse, out, lse, lse, sums, False)
         return kernels
 
     yield compile_for
@@ -161,15 +175,15 @@ def tensors(problem: Problem) -> Inputs:
 
 def compile_features(compiled: Any, arch: int, dim: int, dtype: torch.dtype, features: dict[str, Any]) -> Any:
     features = dict(features)
-    state = features.pop("state", None)
-    return compiled(arch, problem(dim, dtype, **features), state)
+    state, window2 = features.pop("state", None), features.pop("window2", None)
+    return compiled(arch, problem(dim, dtype, **features), state, window2)
 
 
-def local_accesses(cubin: bytes, folder: Path, depth: int) -> list[tuple[int, int]]:
+def local_accesses(cubin: bytes, folder: Path, depth: int, pieces: bool = False) -> list[tuple[int, int]]:
     """Accesses to local memory and instructions of each of the loops around tensor-core instructions.
 
     Those that lie in more than ``depth`` others are left out: the loop over passes is one more, and they follow only
-    where NaN or inf were met.
+    where NaN or inf were met. With ``pieces`` a loop over tiles has loops over pieces of the head dim in it.
     """
     file = folder / "kernel.cubin"
     file.write_bytes(cubin)
@@ -186,6 +200,12 @@ def local_accesses(cubin: bytes, folder: Path, depth: int) -> list[tuple[int, in
         return one != other and one[0] <= other[0] and other[1] <= one[1]
 
     innermost = [loop for loop in loops if not any(around(loop, other) for other in loops)]
+    if pieces:
+        nests = [[other for other in loops if around(other, loop)] for loop in innermost]
+        # Where a loop over pieces is unrolled, none is left.
+        innermost = list(
+            {min(nest or [loop], key=lambda one: one[1] - one[0]) for loop, nest in zip(innermost, nests, strict=True)}
+        )
     innermost = [loop for loop in innermost if sum(around(other, loop) for other in loops) <= depth]
     assert innermost
     every = [at for at, _ in code]
@@ -193,8 +213,9 @@ def local_accesses(cubin: bytes, folder: Path, depth: int) -> list[tuple[int, in
 
 
 def _in_ci(features: str, dim: int, arch: int) -> bool:
-    """Plain kernels on every architecture; of each other feature one, the next feature's on the next."""
-    return dim == 64 and (features == "plain" or list(ARCHS).index(arch) == list(FEATURES).index(features) % len(ARCHS))
+    """Plain and 2-simplicial kernels on every architecture; of each other feature one, the next one's on the next."""
+    everywhere = features in ("plain", "pairs")
+    return dim == 64 and (everywhere or list(ARCHS).index(arch) == list(FEATURES).index(features) % len(ARCHS))
 
 
 CASES = [
@@ -205,6 +226,16 @@ CASES = [
 ]
 # A dot of fewer rows than this is no wgmma and no tcgen05.
 FEWEST_ROWS = 64
+OF_FEW_ROWS = ("forward_kernel", "simplicial_grad_second_kernel")
+
+
+def check_loops(kernel: Compiled, features: dict[str, Any], folder: Path, pieces: bool = False) -> None:
+    """The loops over tiles hold in registers what they work on."""
+    depth = 3 if kernel.name == "grad_bias_kernel" else int("block" in features)
+    if "window2" in features:  # around those of the rows that own their pairs is one over their second keys
+        depth = int(kernel.name != "simplicial_grad_key_value_kernel")
+    for local, instructions in local_accesses(kernel.cubin, folder, depth, pieces):
+        assert local <= instructions // INSTRUCTIONS_PER_LOCAL, f"{kernel.name}: {local} of {instructions}"
 
 
 @pytest.mark.parametrize("arch, dim, features", CASES)
@@ -213,11 +244,9 @@ def test_default_dims(arch: int, dim: int, features: str, compiled: Any, tmp_pat
         assert kernel.shared <= ARCHS[arch].shared, kernel.name
         if kernel.name in ("delta_kernel", "combine_kernel"):
             continue
-        few = kernel.name == "forward_kernel" and kernel.rows < FEWEST_ROWS
+        few = kernel.name in OF_FEW_ROWS and kernel.rows < FEWEST_ROWS
         assert ("mma.sync" if few else ARCHS[arch].products) in kernel.ptx, kernel.name
-        depth = 3 if kernel.name == "grad_bias_kernel" else int("block" in FEATURES[features])
-        for local, instructions in local_accesses(kernel.cubin, tmp_path, depth):
-            assert local <= instructions // INSTRUCTIONS_PER_LOCAL, f"{kernel.name}: {local} of {instructions}"
+        check_loops(kernel, FEATURES[features], tmp_path)
 
 
 OTHERS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
@@ -230,6 +259,7 @@ OTHERS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
         for dim in (16, 128, 256)
         for features in FEATURES
         for arch in ARCHS
+        if (dtype, dim, features) != (torch.float32, 256, "pairs")  # which no fused kernel takes
     },
 }
 
@@ -237,7 +267,9 @@ OTHERS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     "name", [name if index < 3 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(OTHERS)]
 )
-def test_other_kernels_fit(name: str, compiled: Any) -> None:
+def test_other_kernels_fit(name: str, compiled: Any, tmp_path: Path) -> None:
     arch, dim, dtype, features = OTHERS[name]
     for kernel in compile_features(compiled, arch, dim, dtype, features):
         assert kernel.shared <= ARCHS[arch].shared, kernel.name
+        if dtype == torch.float32 and kernel.name not in ("delta_kernel", "combine_kernel"):
+            check_loops(kernel, features, tmp_path, pieces=dim > 128)

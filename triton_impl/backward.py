@@ -37,7 +37,9 @@ from .tile import (
     keys_of,
     load_tile,
     multiply_columns,
+    multiply_pieces,
     multiply_rows,
+    own_tile,
     rows_of,
     store_sums,
     zeros,
@@ -92,12 +94,20 @@ def visit_rows(
         rows_of(query, rows.o_b, rows.o_h, rows.o_row),
         rows_of(grad_out, rows.o_b, rows.o_h, rows.o_row),
     )
-    b_q = load_tile(p_q, rows.m_r, dims.head, dims.head_block, RAGGED)  # [M, D]
-    b_do = load_tile(p_do, rows.m_r, dims.value_dim, dims.value_block, RAGGED)  # [M, Dv]
+    if not dims.piece:
+        b_q = load_tile(p_q, rows.m_r, dims.head, dims.head_block, RAGGED)  # [M, D]
+        b_do = load_tile(p_do, rows.m_r, dims.value_dim, dims.value_block, RAGGED)  # [M, Dv]
     ends = row_ends(rows, lse, delta)
     # S^T = K Q^T, dP^T = V dO^T
-    b_s = multiply_rows(b_k, b_q, flags)  # [N, M]
-    b_dp = multiply_rows(b_v, b_do, flags)  # [N, M]
+    if dims.piece:
+        m_k = k_begin + tl.arange(0, N) < place.k_len
+        b_s = multiply_pieces(b_k, m_k, p_q, rows.m_r, dims.head, dims.piece, flags)  # [N, M]
+        b_dp = multiply_pieces(b_v, m_k, p_do, rows.m_r, dims.value_dim, dims.piece, flags)  # [N, M]
+        b_q = load_tile(p_q, rows.m_r, dims.head, dims.head_block, RAGGED)  # [M, D]
+        b_do = load_tile(p_do, rows.m_r, dims.value_dim, dims.value_block, RAGGED)  # [M, Dv]
+    else:
+        b_s = multiply_rows(b_k, b_q, flags)  # [N, M]
+        b_dp = multiply_rows(b_v, b_do, flags)  # [N, M]
     b_p, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, place, problem, flags, N, HIDES, True, False)
     # dV += P^T dO, dK += dS^T Q
     b_dv = multiply_columns(b_dv, b_p, b_do, i_pass, CAREFUL, flags)
@@ -173,8 +183,8 @@ def grad_key_value_kernel(
     if flags.sequences:
         o_k += place.k_begin
     i_b, i_kv = place.i_b, place.i_kv
-    b_k = load_tile(rows_of(key, i_b, i_kv, o_k), m_k, dims.head, dims.head_block, True)  # [N, D]
-    b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value_dim, dims.value_block, True)  # [N, Dv]
+    b_k = own_tile(rows_of(key, i_b, i_kv, o_k), m_k, dims.head, dims.head_block, dims.piece)  # [N, D]
+    b_v = own_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value_dim, dims.value_block, dims.piece)  # [N, Dv]
     p_dk, p_dv = rows_of(grad_key, i_b, i_kv, o_k), rows_of(grad_value, i_b, i_kv, o_k)
 
     b_dk, b_dv = sweep_rows(
@@ -199,13 +209,18 @@ def visit_keys(
     p_k, p_v = keys
     k_begin = j * N
     m_k = k_begin + tl.arange(0, N) < place.k_len
-    p_some = keys_of(key, p_k, k_begin, m_k, place, problem, flags, N)
-    b_k = load_tile(p_some, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
-    p_some = keys_of(value, p_v, k_begin, m_k, place, problem, flags, N)
-    b_v = load_tile(p_some, m_k, dims.value_dim, dims.value_block, HIDES)  # [N, Dv]
+    p_k = keys_of(key, p_k, k_begin, m_k, place, problem, flags, N)
+    p_v = keys_of(value, p_v, k_begin, m_k, place, problem, flags, N)
     # S = Q K^T, dP = dO V^T
-    b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
-    b_dp = multiply_rows(b_do, b_v, flags)  # [M, N]
+    if dims.piece:
+        b_s = multiply_pieces(b_q, rows.m_r, p_k, m_k, dims.head, dims.piece, flags)  # [M, N]
+        b_dp = multiply_pieces(b_do, rows.m_r, p_v, m_k, dims.value_dim, dims.piece, flags)  # [M, N]
+        b_k = load_tile(p_k, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
+    else:
+        b_k = load_tile(p_k, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
+        b_v = load_tile(p_v, m_k, dims.value_dim, dims.value_block, HIDES)  # [N, Dv]
+        b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
+        b_dp = multiply_rows(b_do, b_v, flags)  # [M, N]
     _, b_ds = differentiate(b_s, b_dp, rows, ends, k_begin, place, problem, flags, N, HIDES, False, False)
     # dQ += dS K
     return multiply_columns(b_dq, b_ds, b_k, i_pass, CAREFUL, flags)
@@ -289,8 +304,8 @@ def grad_query_kernel(
         rows_of(query, rows.o_b, rows.o_h, rows.o_row),
         rows_of(grad_out, rows.o_b, rows.o_h, rows.o_row),
     )
-    b_q = load_tile(p_q, m_r, dims.head, dims.head_block, True)  # [M, D]
-    b_do = load_tile(p_do, m_r, dims.value_dim, dims.value_block, True)  # [M, Dv]
+    b_q = own_tile(p_q, m_r, dims.head, dims.head_block, dims.piece)  # [M, D]
+    b_do = own_tile(p_do, m_r, dims.value_dim, dims.value_block, dims.piece)  # [M, Dv]
     p_dq = rows_of(grad_query, rows.o_b, rows.o_h, rows.o_row)
 
     b_dq = sweep_keys(
@@ -352,12 +367,18 @@ def grad_bias_kernel(
                 if (k < hi(q_last, place.early, k_len)) & (k + N > begin):
                     o_q, o_k = q + tl.arange(0, M), k + tl.arange(0, N)
                     m_q, m_k = o_q < q_len, o_k < k_len
-                    b_q = load_tile(rows_of(query, i_b, i_h, o_q), m_q, dims.head, dims.head_block, True)  # [M, D]
-                    b_k = load_tile(rows_of(key, i_b, i_kv, o_k), m_k, dims.head, dims.head_block, True)  # [N, D]
-                    b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
-                    b_do = load_tile(rows_of(grad_out, i_b, i_h, o_q), m_q, dims.value_dim, dims.value_block, True)
-                    b_v = load_tile(rows_of(value, i_b, i_kv, o_k), m_k, dims.value_dim, dims.value_block, True)
-                    b_dp = multiply_rows(b_do, b_v, flags)  # [M, N]
+                    p_q, p_do = rows_of(query, i_b, i_h, o_q), rows_of(grad_out, i_b, i_h, o_q)
+                    p_k, p_v = rows_of(key, i_b, i_kv, o_k), rows_of(value, i_b, i_kv, o_k)
+                    if dims.piece:
+                        b_s = multiply_pieces(p_q, m_q, p_k, m_k, dims.head, dims.piece, flags)  # [M, N]
+                        b_dp = multiply_pieces(p_do, m_q, p_v, m_k, dims.value_dim, dims.piece, flags)  # [M, N]
+                    else:
+                        b_q = load_tile(p_q, m_q, dims.head, dims.head_block, True)  # [M, D]
+                        b_k = load_tile(p_k, m_k, dims.head, dims.head_block, True)  # [N, D]
+                        b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
+                        b_do = load_tile(p_do, m_q, dims.value_dim, dims.value_block, True)  # [M, Dv]
+                        b_v = load_tile(p_v, m_k, dims.value_dim, dims.value_block, True)  # [N, Dv]
+                        b_dp = multiply_rows(b_do, b_v, flags)  # [M, N]
                     o_r = tl.where(m_q, o_q * group + i_h % group, q_len * group)
                     rows = describe(o_r, place, problem, flags)
                     ends = row_ends(rows, lse, delta)

@@ -25,8 +25,10 @@ from .tile import (
     keys_of,
     load_tile,
     multiply_columns,
+    multiply_pieces,
     multiply_rows,
     nonfinite_rows,
+    own_tile,
     rows_of,
     store_sums,
     tile_at,
@@ -84,8 +86,11 @@ def visit(
     m_k = k_begin + tl.arange(0, N) < place.k_len
     # S = Q K^T
     p_some = keys_of(key, p_k, k_begin, m_k, place, problem, flags, N)
-    b_k = load_tile(p_some, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
-    b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
+    if dims.piece:
+        b_s = multiply_pieces(b_q, rows.m_r, p_some, m_k, dims.head, dims.piece, flags)  # [M, N]
+    else:
+        b_k = load_tile(p_some, m_k, dims.head, dims.head_block, HIDES)  # [N, D]
+        b_s = multiply_rows(b_q, b_k, flags)  # [M, N]
     b_s, _ = to_logits(b_s, rows, k_begin, place, problem, flags, N, HIDES, False)
     # P = softmax(S) so far
     b_p, b_acc, b_max, b_sum = update(b_s, b_acc, b_max, b_sum, unified, problem, flags, FIXED)
@@ -246,7 +251,7 @@ def forward_kernel(
     if flags.split:
         tiles = within(tiles, i_split * split_tiles, i_split * split_tiles + split_tiles)
     p_q = rows_of(query, rows.o_b, rows.o_h, rows.o_row)
-    b_q = load_tile(p_q, rows.m_r, dims.head, dims.head_block, True)  # [M, D]
+    b_q = own_tile(p_q, rows.m_r, dims.head, dims.head_block, dims.piece)  # [M, D]
 
     m_r = rows.m_r
     if flags.unified:

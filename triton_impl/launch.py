@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,26 @@ from ..problem import Carry, Gradients, Inputs, Problem
 from . import autotune
 from . import backward as backward_kernels
 from . import forward as forward_kernels
+from . import simplicial as simplicial_kernels
 from .problem import FAR, Bias, Flags, Tables
 from .tile import View
-from .tuning import MEMBER_SPLIT_KEYS, ROWS_TO_SPLIT, SPLIT_KEYS, Sweeps, Tiles, few_rows, tiles
+from .tuning import (
+    MEMBER_SPLIT_KEYS,
+    ROWS_TO_SPLIT,
+    SPLIT_KEYS,
+    SimplicialSweeps,
+    Sweeps,
+    Tiles,
+    few_rows,
+    piece,
+    simplicial_tiles,
+    tiles,
+)
 
 _FAR = FAR.value
 _LOW, _HIGH = -(2**31), 2**31 - 1  # of int32; as widths no limit
 _LARGEST_GRID_Y = 65535
+_MOST_PARTS = 16  # of a tile of pairs: few are wasted where the window is no multiple
 
 
 class Dims(NamedTuple):
@@ -30,6 +43,15 @@ class Dims(NamedTuple):
     head_block: int
     value_dim: int  # not `value`, which a constexpr has itself
     value_block: int
+    piece: int = 0  # columns that tile.py's multiply_pieces takes at a time; 0 where tiles are held whole
+
+
+class Second(NamedTuple):
+    """2-simplicial attention's second keys."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    window: int
 
 
 class Sums(NamedTuple):
@@ -59,7 +81,7 @@ def forward(
     general = flags.general or flags.dropout
     table = _tiles(inputs.query, general, dims).forward
     if problem.groups is None:
-        table = few_rows(table, problem.q_len * _group(problem))
+        table = few_rows(table, problem.q_len * _group(problem), dims.piece > 0)
     partial, numbered = forward_kernels.Partial(None, None), lse.numel()
     if parts > 1:
         workspace = torch.empty(parts * numbered * (problem.value_dim + 1), dtype=torch.float32, device=out.device)
@@ -104,13 +126,7 @@ def backward(
     # Members' limits and the elements of a block mask are registers there.
     general = flags.general or flags.dropout or flags.blocks or flags.members
     sweeps = _tiles(inputs.query, general, dims)
-    tile = sweeps.grad_query
-    entries, _, q_rows, _ = inputs.query.shape
-    count = triton.cdiv(q_rows, tile.rows)
-    run(
-        backward_kernels.delta_kernel, (entries * problem.q_heads * count, 1), tile, _view(out), _view(grad_out),
-        grad_lse, delta, problem.q_heads, q_rows, count, grad_lse is not None, dims, tile.rows,
-    )  # fmt: skip
+    _start_delta(problem, out, grad_out, grad_lse, delta, dims, sweeps.grad_query)
     tensors = (
         _queries(problem, inputs.query), _keys(problem, inputs.key), _keys(problem, inputs.value),
         _queries(problem, grad_out), lse, delta,
@@ -154,6 +170,84 @@ def backward(
         _start("grad_bias", *of, sweeps.grad_bias, grad_bias)
 
 
+def simplicial_forward(
+    problem: Problem, inputs: Inputs, second: Second, out: torch.Tensor, lse: torch.Tensor, tf32: bool
+) -> None:
+    """2-simplicial attention; the problem is that of the first keys."""
+    flags, dims, tile = _flags(problem, inputs, tf32), _dims(problem), _simplicial_tiles(problem, inputs).forward
+    own, parts = _pairs(problem, second, tile)
+    row_tiles = triton.cdiv(problem.q_len * _group(problem), own)
+    run(
+        simplicial_kernels.simplicial_forward_kernel, (_row_programs(problem, row_tiles), 1), tile,
+        _view(inputs.query), _view(inputs.key), _view(inputs.value), _view(second.key), _view(second.value),
+        _view(out), lse, second.window, row_tiles, *_described(problem, inputs), flags, dims, tile.rows, tile.keys,
+        parts,
+    )  # fmt: skip
+
+
+def simplicial_backward(
+    problem: Problem,
+    inputs: Inputs,
+    second: Second,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    delta: torch.Tensor,
+    gradients: Sequence[torch.Tensor | None],
+    tf32: bool,
+) -> None:
+    """Gradients of query, key, value, and the second key and value: of the last two pairs both or none."""
+    flags, dims, sweeps = _flags(problem, inputs, tf32), _dims(problem), _simplicial_tiles(problem, inputs)
+    programs = problem.batch * problem.kv_heads
+    _start_delta(problem, out, grad_out, grad_lse, delta, dims, sweeps.grad_query)
+    tensors = (
+        _view(inputs.query), _view(inputs.key), _view(inputs.value), _view(second.key), _view(second.value),
+        _view(grad_out), lse, delta,
+    )  # fmt: skip
+    described = (*_described(problem, inputs), flags, dims)
+    query, key, value, key2, value2 = gradients
+    if query is not None:
+        tile = sweeps.grad_query
+        own, parts = _pairs(problem, second, tile)
+        row_tiles = triton.cdiv(problem.q_len * _group(problem), own)
+        run(
+            simplicial_kernels.simplicial_grad_query_kernel, (_row_programs(problem, row_tiles), 1), tile, *tensors,
+            _view(query), second.window, row_tiles, *described, tile.rows, tile.keys, parts,
+        )  # fmt: skip
+    if key is not None and value is not None:
+        tile = sweeps.grad_key_value
+        _, parts = _pairs(problem, second, tile)
+        count = triton.cdiv(problem.k_len, tile.keys)
+        run(
+            simplicial_kernels.simplicial_grad_key_value_kernel, (count * programs, 1), tile, *tensors, _view(key),
+            _view(value), second.window, count, *described, tile.rows, tile.keys, parts,
+        )  # fmt: skip
+    if key2 is not None and value2 is not None:
+        tile = sweeps.grad_second
+        own, parts = _pairs(problem, second, tile)
+        count = triton.cdiv(problem.k_len, own)
+        run(
+            simplicial_kernels.simplicial_grad_second_kernel, (count * programs, 1), tile, *tensors, _view(key2),
+            _view(value2), second.window, count, *described, tile.rows, tile.keys, parts,
+        )  # fmt: skip
+
+
+def _simplicial_tiles(problem: Problem, inputs: Inputs) -> SimplicialSweeps:
+    dims = _dims(problem)
+    return simplicial_tiles(_capability(inputs.query), problem.dtype.itemsize, max(dims.head_block, dims.value_block))
+
+
+def _pairs(problem: Problem, second: Second, tile: Tiles) -> tuple[int, int]:
+    """Of a tile of pairs, how many rows (or second keys) they belong to, and how many belong to each."""
+    parts = min(triton.next_power_of_2(second.window), _MOST_PARTS)
+    own = tile.rows // parts
+    _check(problem)
+    if problem.batch * problem.kv_heads * (problem.q_len * _group(problem) // own + 1) >= _HIGH:
+        raise ValueError(f"the Triton kernels take fewer than 2**31 tiles, got {problem}")
+    return own, parts
+
+
 def run(kernel: Any, grid: tuple[int, int], tile: Tiles, *arguments: Any) -> None:
     """Starts the kernel, if there is anything to do."""
     if grid[0]:
@@ -177,6 +271,23 @@ def _start(
         autotune.start(kernel, table, launch)
     else:
         launch(table)
+
+
+def _start_delta(
+    problem: Problem,
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    delta: torch.Tensor,
+    dims: Dims,
+    tile: Tiles,
+) -> None:
+    entries, _, q_rows, _ = out.shape
+    count = triton.cdiv(q_rows, tile.rows)
+    run(
+        backward_kernels.delta_kernel, (entries * problem.q_heads * count, 1), tile, _view(out), _view(grad_out),
+        grad_lse, delta, problem.q_heads, q_rows, count, grad_lse is not None, dims, tile.rows,
+    )  # fmt: skip
 
 
 def _has_work(problem: Problem) -> bool:
@@ -231,13 +342,15 @@ def _group(problem: Problem) -> int:
 
 def _dims(problem: Problem) -> Dims:
     head, value = (max(16, triton.next_power_of_2(dim)) for dim in (problem.head_dim, problem.value_dim))
-    return Dims(problem.head_dim, head, problem.value_dim, value)
+    return Dims(problem.head_dim, head, problem.value_dim, value, piece(problem.dtype.itemsize, max(head, value)))
 
 
 def _tiles(query: torch.Tensor, general: bool, dims: Dims) -> Sweeps:
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
-    block = max(dims.head_block, dims.value_block)
-    return tiles(capability, query.element_size(), block, general)
+    return tiles(_capability(query), query.element_size(), max(dims.head_block, dims.value_block), general)
+
+
+def _capability(query: torch.Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(query.device) if query.is_cuda else None
 
 
 def _flags(problem: Problem, inputs: Inputs, tf32: bool) -> Flags:

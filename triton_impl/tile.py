@@ -80,6 +80,16 @@ def load_tile(p_rows, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl
 
 
 @triton.jit
+def own_tile(p_rows, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr):
+    """What a program keeps of the rows that it owns: their tile, or, where multiply_pieces reads them, addresses."""
+    if PIECE:
+        b_own = p_rows
+    else:
+        b_own = load_tile(p_rows, m_rows, DIM, BLOCK, True)
+    return b_own
+
+
+@triton.jit
 def dot(b_a, b_b, b_sums, flags: tl.constexpr):
     """sums + a . b"""
     if INTERPRETED:  # the interpreter takes bfloat16 for integers here; float32 holds the same numbers
@@ -92,6 +102,25 @@ def multiply_rows(b_own, b_stream, flags: tl.constexpr):
     """own . stream, summed over the head dim: S = Q K^T, dP = dO V^T."""
     b_sums = tl.zeros([b_own.shape[0], b_stream.shape[0]], tl.float32)
     return dot(b_own, tl.trans(b_stream), b_sums, flags)
+
+
+@triton.jit
+def _load_piece(p_rows, m_rows, d, DIM: tl.constexpr, PIECE: tl.constexpr):
+    """load_tile's columns [d, d + PIECE)."""
+    o_d = d + tl.arange(0, PIECE)
+    return tl.load(p_rows[:, None] + o_d[None, :], mask=m_rows[:, None] & (o_d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def multiply_pieces(p_own, m_own, p_stream, m_stream, DIM: tl.constexpr, PIECE: tl.constexpr, flags: tl.constexpr):
+    """multiply_rows of tiles whose operands, as parts of float32, are more than registers hold: PIECE columns at a
+    time."""
+    b_sums = tl.zeros([p_own.shape[0], p_stream.shape[0]], tl.float32)
+    for d in range(0, DIM, PIECE):
+        b_own = _load_piece(p_own, m_own, d, DIM, PIECE)  # [M, PIECE]
+        b_stream = _load_piece(p_stream, m_stream, d, DIM, PIECE)  # [N, PIECE]
+        b_sums = dot(b_own, tl.trans(b_stream), b_sums, flags)
+    return b_sums
 
 
 @triton.jit

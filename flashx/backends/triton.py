@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,8 @@ DEVICE = "cuda"
 AUTOMATIC = True
 OLDEST = (8, 0)
 OLDEST_TRITON = (3, 6)  # pyproject.toml's
+# A product of two float32 rows cannot be read in pieces as one row can (triton_impl/tile.py's multiply_pieces).
+_WIDEST_FLOAT32_PAIRS = 128
 
 
 @functools.cache
@@ -93,6 +96,48 @@ def backward(
     with _on_device_of(out):
         _launch().backward(problem, inputs, out, lse, grad_out, grad_lse, delta, gradients, native.tf32())
     native.write_sinks_gradient(inputs, lse, delta, gradients)
+
+
+def simplicial_why_not(problem: Problem) -> list[str]:
+    """Reasons against the fused kernels of 2-simplicial attention, whose first keys' problem it is."""
+    reasons = why_not(problem)
+    if problem.dtype == torch.float32 and max(problem.head_dim, problem.value_dim) > _WIDEST_FLOAT32_PAIRS:
+        reasons.append(f"the fused kernels take float32 head dims up to {_WIDEST_FLOAT32_PAIRS}")
+    return reasons
+
+
+def simplicial_forward(
+    problem: Problem, inputs: Inputs, key2: torch.Tensor, value2: torch.Tensor, window2: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and lse of 2-simplicial attention."""
+    query = inputs.query
+    out = query.new_empty(*query.shape[:3], problem.value_dim)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    with _on_device_of(out):
+        launch = _launch()
+        launch.simplicial_forward(problem, inputs, launch.Second(key2, value2, window2), out, lse, native.tf32())
+    return out, lse
+
+
+def simplicial_backward(
+    problem: Problem,
+    inputs: Inputs,
+    key2: torch.Tensor,
+    value2: torch.Tensor,
+    window2: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    gradients: Sequence[torch.Tensor | None],
+) -> None:
+    """Writes the gradients of query, key, value, key2 and value2; None for those that nobody asked for."""
+    with _on_device_of(out):
+        launch = _launch()
+        launch.simplicial_backward(
+            problem, inputs, launch.Second(key2, value2, window2), out, lse, grad_out, grad_lse,
+            torch.empty_like(lse), gradients, native.tf32(),
+        )  # fmt: skip
 
 
 def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
