@@ -48,20 +48,14 @@ def cpu_isas() -> list[str]: ...
 
 class CpuCall:
     def __init__(
-        self, problem: Problem, isa: str, query: _Strides, key: _Strides, value: _Strides, out: _Strides
+        self, isa: str, query: _Strides, out: _Strides, levels: Sequence[tuple[Problem, _Strides, _Strides]]
     ) -> None: ...
-    def __call__(self, query: int, key: int, value: int, out: int, threads: int, carry: _Carry = ...) -> None: ...
+    def __call__(
+        self, query: int, keys_and_values: Sequence[int], out: int, threads: int, carry: _Carry = ...
+    ) -> None: ...
 
 def cpu_forward(
-    problem: Problem,
-    isa: str,
-    threads: int,
-    query: _View,
-    key: _View,
-    value: _View,
-    out: _View,
-    lse: int,
-    carry: _Carry,
+    isa: str, threads: int, levels: Sequence[tuple[Problem, _View, _View, _View, _View, int]], carry: _Carry
 ) -> None: ...
 def cpu_backward(
     problem: Problem,

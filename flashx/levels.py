@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from . import dispatch
+from .backends import cpu
 from .masks import IntervalMask
 from .ops import empty_in_layout_of, last_contiguous, library
 from .problem import Carry, Gradients, Inputs, Problem, accumulation_dtype
@@ -85,6 +86,9 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     query, value = arguments[0], arguments[2][-1]
     out, lse = _outputs(query, value)
     if lse.numel() == 0:
+        return out, lse
+    if backend is cpu and not arguments[4]:
+        cpu.forward_levels(levels, out, lse)
         return out, lse
     largest = torch.full_like(lse, -torch.inf)
     total, acc = torch.zeros_like(lse), lse.new_zeros(*lse.shape, value.shape[3])

@@ -186,7 +186,10 @@ class SharedPrefixCall:
         return SharedPrefixExplanation(chosen, tuple(explain_problem(problem, backend) for problem in problems))
 
     def described(self) -> tuple[list[tuple[Problem, Inputs]], Backend]:
-        """What level_attention makes of its arguments before it runs."""
+        """What the operator makes of its arguments before it runs: of levels, or of suffixes without a prefix."""
+        if self.plan().form == "plain":
+            problem, inputs, chosen = ops.described(self.one_call(self.key, self.value, 0))
+            return [(problem, inputs)], chosen
         levels = level_operator.described(self.levels())
         return levels, level_operator.choose(levels, self.options.backend)
 

@@ -128,6 +128,8 @@ def plan(
     # States are initialised, and loaded and stored on either side of the boundary.
     levels, concatenated = shared + 4 * state_bytes, shared + 2 * unshared
     launch, level_launches = launch_bytes(device), LEVEL_LAUNCHES.get(device, LEVEL_LAUNCHES["cpu"])
+    if device == "cpu" and groups == batch:
+        level_launches = 1  # levels that nobody shares are one call
     form: Literal["levels", "concatenated", "plain"]
     if prefix_len == 0 or batch == 0:
         form, reason = "plain", "no prefix"

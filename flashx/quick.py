@@ -25,7 +25,7 @@ _MOST = 1024
 
 
 class _Kept(NamedTuple):
-    """A call for each level, and the tables that they read."""
+    """The calls that follow each other, and the tables that they read."""
 
     calls: tuple[_C.CpuCall, ...]
     tables: tuple[Inputs, ...]
@@ -88,13 +88,14 @@ def run(key: Hashable, query: Tensor, *keys_and_values: Tensor) -> Tensor | None
     addresses = []
     for tensor in (query, *keys_and_values):
         addresses.append(tensor.data_ptr())
-        if tensor.is_neg() or not addresses[-1]:  # efficient zeros and functional tensors have no memory
+        # Efficient zeros and functional tensors have no memory, and empty ones need none.
+        if tensor.is_neg() or not (addresses[-1] or tensor.numel() == 0):
             return None
     at, *addresses = addresses
     out = torch.empty_like(query)
     to, threads = out.data_ptr(), torch.get_num_threads()
     if len(kept.calls) == 1:
-        kept.calls[0](at, addresses[0], addresses[1], to, threads)
+        kept.calls[0](at, addresses, to, threads)
         return out
     rows, dim = out.numel() // out.shape[-1], out.shape[-1]
     states = torch.empty(rows * (dim + 2), dtype=accumulation_dtype(out.dtype))
@@ -103,7 +104,7 @@ def run(key: Hashable, query: Tensor, *keys_and_values: Tensor) -> Tensor | None
     total = sums.data_ptr()
     for i, call in enumerate(kept.calls):
         carry = total + rows * size, total, total + 2 * rows * size, i < len(kept.calls) - 1
-        call(at, addresses[2 * i], addresses[2 * i + 1], to, threads, carry)
+        call(at, addresses[2 * i : 2 * i + 2], to, threads, carry)
     return out
 
 
@@ -121,11 +122,14 @@ def keep(key: Hashable, levels: Sequence[tuple[Problem, Inputs]], backend: Backe
     alike = (like.shape, like.stride()) == (out.shape, out.stride())
     if backend.NAME != cpu.NAME or not same or out.numel() == 0 or not alike:
         return
-    calls = []
+    described = []
     for problem, inputs in levels:
-        views = native.forward_tensors(problem, inputs, out, out)[:4]
-        calls.append(_C.CpuCall(native.with_inputs(problem, inputs), cpu.isa(), *(view[1:] for view in views)))
-    _kept[key] = _Kept(tuple(calls), tuple(inputs._replace(**_NO_DATA) for _, inputs in levels))
+        query, first, second, to = (view[1:] for view in native.forward_tensors(problem, inputs, out, out)[:4])
+        described.append((native.with_inputs(problem, inputs), first, second))
+    # Levels with members are calls of their own.
+    together = [described] if levels[0][1].members is None else [[level] for level in described]
+    calls = tuple(_C.CpuCall(cpu.isa(), query, to, group) for group in together)
+    _kept[key] = _Kept(calls, tuple(inputs._replace(**_NO_DATA) for _, inputs in levels))
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -128,7 +128,8 @@ def shared_prefix_attention(
     ):  # fmt: skip
         repeated = quick.key_of(options, query, prefix_key, prefix_value, key, value)
         if repeated is not None:
-            known = quick.run(repeated, query, prefix_key, prefix_value, key, value)
+            prefix = (prefix_key, prefix_value) if prefix_key.numel() else ()
+            known = quick.run(repeated, query, *prefix, key, value)
             if known is not None:
                 return known
     checked = checked_options(
@@ -136,9 +137,10 @@ def shared_prefix_attention(
     )
     call = SharedPrefixCall.checked(query, prefix_key, prefix_value, key, value, suffix_lens, checked)
     out, lse = call.run()
-    if repeated is not None and call.plan().form == "levels" and quick.came_before(repeated, query, out):
+    if repeated is not None and call.plan().form != "concatenated" and quick.came_before(repeated, query, out):
         levels, chosen = call.described()
-        quick.keep(repeated, levels, chosen, (query, call.prefix_key, call.prefix_value, key, value), out)
+        prefix = (call.prefix_key, call.prefix_value) if len(levels) > 1 else ()
+        quick.keep(repeated, levels, chosen, (query, *prefix, key, value), out)
     return AttentionResult(out, lse) if return_lse else out
 
 

@@ -195,7 +195,7 @@ def test_the_backward_recomputes_the_same_scores(dtype: torch.dtype, engine: str
     """Where one key has all the weight, lse is its score, and exp(score - lse) exactly 1.
 
     Scores are in the thousands: one that is off by an ulp would show. The gradients from above are powers of two, so
-    that the values' gradient has a bit for each row. With 9 rows and more, the forward's scores are the backward's too.
+    that the values' gradient has a bit for each row. With 9 rows up to 31, the forward's scores are the backward's too.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -216,8 +216,8 @@ def test_the_backward_recomputes_the_same_scores(dtype: torch.dtype, engine: str
         label = f"dim {dim}, {rows} rows, {k_len} keys"
         tolerance.same_bits(label, out[0, 0].detach(), value[place].detach().expand(rows, -1))
         many = flashx.attention(
-            query[None, None, :, :].expand(1, 1, rows, dim).repeat(1, 1, 20, 1), key[None, None], value[None, None],
-            scale=1.0, return_lse=True, backend=engine,
+            query.repeat(27 // rows, 1)[None, None], key[None, None], value[None, None], scale=1.0, return_lse=True,
+            backend=engine,
         )  # fmt: skip
         tolerance.same_bits(f"{label}: lse", lse.detach(), many.lse[..., :rows].detach())
         above = torch.exp2(torch.arange(rows, dtype=dtype)).expand(16, rows).mT

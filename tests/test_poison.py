@@ -197,11 +197,14 @@ def test_infinite_logits(engine: str) -> None:
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("queries", [1, 130])
-def test_rows_past_the_last_meet_infinite_keys(queries: int, softcap: float, engine: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_past_the_last_meet_infinite_keys(dtype: torch.dtype, queries: int, softcap: float, engine: str) -> None:
     """Kernels that fill up a tile of rows with zeros must not multiply them with the key: 0 * inf."""
-    key, value = torch.zeros(1, 1, 64, 16), torch.randn(1, 1, 64, 16, requires_grad=True)
+    key = torch.zeros(1, 1, 64, 16, dtype=dtype)
+    value = torch.randn(1, 1, 64, 16, dtype=dtype, requires_grad=True)
     key[0, 0, ::2] = -torch.inf
-    out = flashx.attention(torch.ones(1, 1, queries, 16), key, value, softcap=softcap, backend=engine)
+    query = torch.ones(1, 1, queries, 16, dtype=dtype)
+    out = flashx.attention(query, key, value, softcap=softcap, backend=engine)
     out.sum().backward()
     assert value.grad is not None
     expected = torch.full((64, 16), queries / 32.0)
@@ -211,4 +214,4 @@ def test_rows_past_the_last_meet_infinite_keys(queries: int, softcap: float, eng
         expected[::2] = queries / 32 * (1 - weight)
     else:
         expected[::2] = 0
-    torch.testing.assert_close(value.grad[0, 0], expected)
+    torch.testing.assert_close(value.grad[0, 0], expected.to(dtype))

@@ -715,7 +715,7 @@ def test_number_of_threads_is_the_one_of_the_moment(threads: None, monkeypatch: 
 
     class Call(_C.CpuCall):
         def __call__(self, *arguments: Any) -> None:
-            given.append(arguments[4])
+            given.append(arguments[3])
             super().__call__(*arguments)
 
     monkeypatch.setattr(_C, "CpuCall", Call)
@@ -736,9 +736,9 @@ def test_instruction_sets_do_not_share(monkeypatch: pytest.MonkeyPatch, hits: li
     bound: list[str] = []
 
     class Call(_C.CpuCall):
-        def __init__(self, problem: Any, isa: str, *strides: Any) -> None:
+        def __init__(self, isa: str, *bound_to: Any) -> None:
             bound.append(isa)
-            super().__init__(problem, isa, *strides)
+            super().__init__(isa, *bound_to)
 
     monkeypatch.setattr(_C, "CpuCall", Call)
     try:

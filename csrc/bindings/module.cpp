@@ -119,50 +119,66 @@ void bind_problem(py::module_& m) {
       });
 }
 
-// A forward on the CPU, bound to everything but addresses. A batch entry's, a head's and a row's strides make a
-// PyView's.
+// A forward on the CPU, bound to everything but addresses: one call, or the levels of one that have no members. A batch
+// entry's, a head's and a row's strides make a PyView's.
 class CpuCall {
  public:
   using Strides = std::tuple<int64_t, int64_t, int64_t>;
+  // A level's problem, and its key and value.
+  using Level = std::tuple<Problem, Strides, Strides>;
 
-  CpuCall(const Problem& problem, const std::string& isa, const Strides& query, const Strides& key,
-          const Strides& value, const Strides& out)
-      : problem_(problem),
-        forward_(cpu_kernels(isa).forward),
-        tensors_{strided(query), strided(key), strided(value), strided(out), nullptr, {}} {}
+  CpuCall(const std::string& isa, const Strides& query, const Strides& out, const std::vector<Level>& levels)
+      : forward_(cpu_kernels(isa).forward) {
+    if (levels.empty()) throw std::invalid_argument("levels must not be empty");
+    for (const auto& [problem, key, value] : levels) {
+      levels_.push_back({problem, {strided(query), strided(key), strided(value), strided(out), nullptr, {}}});
+    }
+  }
 
-  void operator()(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, int threads,
+  // keys_and_values: each level's two addresses.
+  void operator()(uintptr_t query, const std::vector<uintptr_t>& keys_and_values, uintptr_t out, int threads,
                   const PyCarry& state) const {
-    ForwardTensors tensors = tensors_;
-    tensors.carry = carry(state);
-    tensors.query.data = pointer(query), tensors.key.data = pointer(key);
-    tensors.value.data = pointer(value), tensors.out.data = pointer(out);
+    if (keys_and_values.size() != 2 * levels_.size()) {
+      throw std::invalid_argument("keys_and_values must have 2 addresses for each level, got " +
+                                  std::to_string(keys_and_values.size()));
+    }
+    std::vector<ForwardCall> levels = levels_;
+    for (size_t i = 0; i < levels.size(); ++i) {
+      ForwardTensors& tensors = levels[i].tensors;
+      tensors.carry = carry(state);
+      tensors.query.data = pointer(query), tensors.out.data = pointer(out);
+      tensors.key.data = pointer(keys_and_values[2 * i]), tensors.value.data = pointer(keys_and_values[2 * i + 1]);
+    }
     py::gil_scoped_release release;
-    forward_(problem_, tensors, threads);
+    forward_(levels.data(), static_cast<int>(levels.size()), threads);
   }
 
  private:
   static View strided(const Strides& s) { return {nullptr, std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
 
-  Problem problem_;
-  void (*forward_)(const Problem&, const ForwardTensors&, int);
-  ForwardTensors tensors_;
+  void (*forward_)(const ForwardCall*, int, int);
+  std::vector<ForwardCall> levels_;
 };
 
 void bind_cpu(py::module_& m) {
   py::class_<CpuCall>(m, "CpuCall")
-      .def(py::init<const Problem&, const std::string&, const CpuCall::Strides&, const CpuCall::Strides&,
-                    const CpuCall::Strides&, const CpuCall::Strides&>())
-      .def("__call__", &CpuCall::operator(), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"),
+      .def(py::init<const std::string&, const CpuCall::Strides&, const CpuCall::Strides&,
+                    const std::vector<CpuCall::Level>&>())
+      .def("__call__", &CpuCall::operator(), py::arg("query"), py::arg("keys_and_values"), py::arg("out"),
            py::arg("threads"), py::arg("carry") = std::nullopt);
   m.def("cpu_isas", &cpu_isas);
+  // (problem, query, key, value, out, lse) of each level.
+  using PyLevel = std::tuple<Problem, PyView, PyView, PyView, PyView, uintptr_t>;
   m.def("cpu_forward",
-        [](const Problem& problem, const std::string& isa, int threads, const PyView& query, const PyView& key,
-           const PyView& value, const PyView& out, uintptr_t lse, const PyCarry& state) {
-          const ForwardTensors tensors{view(query), view(key), view(value), view(out), pointer(lse), carry(state)};
+        [](const std::string& isa, int threads, const std::vector<PyLevel>& given, const PyCarry& state) {
+          if (given.empty()) throw std::invalid_argument("levels must not be empty");
+          std::vector<ForwardCall> levels;
+          for (const auto& [problem, query, key, value, out, lse] : given) {
+            levels.push_back({problem, {view(query), view(key), view(value), view(out), pointer(lse), carry(state)}});
+          }
           const Kernels kernels = cpu_kernels(isa);
           py::gil_scoped_release release;
-          kernels.forward(problem, tensors, threads);
+          kernels.forward(levels.data(), static_cast<int>(levels.size()), threads);
         });
   m.def("cpu_backward",
         [](const Problem& problem, const std::string& isa, int threads, const PyView& query, const PyView& key,

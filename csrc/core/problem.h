@@ -146,6 +146,12 @@ struct ForwardTensors {
   Carry carry = {};
 };
 
+// A forward, or one of several that follow each other: levels of keys for the same rows, each a problem by itself.
+struct ForwardCall {
+  Problem problem;
+  ForwardTensors tensors;
+};
+
 struct BackwardTensors {
   View query, key, value, out, grad_out;
   const void* lse;

@@ -16,10 +16,9 @@ namespace flashx::FLASHX_ISA {
 
 // A row block's side of the backward and the step all three sweeps share: from Q, K, V, dO, lse and delta to
 // P and dS.
-template <typename E>
+template <typename E, typename W>
 class Gradient {
  public:
-  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
   using Op = Operands<W>;
   static constexpr int ld = kBlockLanes<W>;
@@ -31,6 +30,8 @@ class Gradient {
     W* grad_out;    // [lane][value dim]
     W* grad_out_t;  // right operand, summed over value dim
     T lse[ld], delta[ld];
+    Outliers query_outliers, grad_out_outliers;  // among the lanes
+    bool finite;                                 // every delta is
   };
 
   Gradient(const Problem& problem, const BackwardTensors& tensors, int row_blocks)
@@ -59,8 +60,8 @@ class Gradient {
   }
 
   void load_key_tile(const RowPacking& packing, const Tile& tile) {
-    load_tile<E>(tensors.key, packing, tile, problem.head_dim, key, dim);
-    load_tile<E>(tensors.value, packing, tile, problem.value_dim, value, value_dim);
+    load_tile<E>(tensors.key, packing, tile, problem.head_dim, key, dim, &key_outliers);
+    load_tile<E>(tensors.value, packing, tile, problem.value_dim, value, value_dim, &value_outliers);
     // Scores want the keys as they are, dQ wants them without NaN and inf.
     clean_key = key;
     poison.clear();
@@ -69,13 +70,17 @@ class Gradient {
       poison.take(clean_key_room, dim, tile.count, problem.head_dim);
       clean_key = clean_key_room;
     }
+    if constexpr (kPlanes<W> > 1) {
+      clean_key_outliers.clear(key_outliers.any && has_outliers(clean_key, tile.count * dim));
+    }
   }
 
   void load_row_block(const RowPacking& packing, int64_t first, int count, Rows& to) {
     to.block.place(problem, packing, first, count);
     const int lanes = to.block.vectors * kLanes<T>;
-    load_rows<E>(tensors.query, to.block, problem.head_dim, to.query, dim);
-    load_rows<E>(tensors.grad_out, to.block, problem.value_dim, to.grad_out, value_dim);
+    load_rows<E>(tensors.query, to.block, problem.head_dim, to.query, dim, &to.query_outliers);
+    load_rows<E>(tensors.grad_out, to.block, problem.value_dim, to.grad_out, value_dim, &to.grad_out_outliers);
+    to.finite = true;
     Op::right_from_columns(to.query, dim, lanes, dim, to.query_t, ld);
     Op::right_from_columns(to.grad_out, value_dim, lanes, value_dim, to.grad_out_t, ld);
     if (logits.negates_query()) negate(to.query_t, dim * ld);
@@ -85,6 +90,7 @@ class Gradient {
       const int64_t at = problem.row(row.b, row.head, row.tensor_row);
       to.lse[lane] = real ? backward_lse(static_cast<const T*>(tensors.lse)[at]) : kInf<T>;
       to.delta[lane] = real ? static_cast<const T*>(tensors.delta)[at] : T(0);
+      to.finite &= std::isfinite(to.delta[lane]);
     }
   }
 
@@ -93,11 +99,13 @@ class Gradient {
     constexpr int n = kLanes<T>;
     const RowBlock<W>& block = rows.block;
     // S^T = K Q^T, dP^T = V dO^T
-    multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.head_dim, dim), key + range.offset * dim,
-                               dim, rows.query_t, Op::right_ld(ld), weights, ld, false);
-    multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.value_dim, value_dim),
-                               value + range.offset * value_dim, value_dim, rows.grad_out_t, Op::right_ld(ld),
-                               grad_logits, ld, false);
+    Op::template multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.head_dim, dim),
+                                            key + range.offset * dim, dim, rows.query_t, Op::right_ld(ld), weights, ld,
+                                            false, key_outliers.from(range.offset), rows.query_outliers.from(0));
+    Op::template multiply<Layout::RowMajor>(range.padded, block.vectors, Op::depth(problem.value_dim, value_dim),
+                                            value + range.offset * value_dim, value_dim, rows.grad_out_t,
+                                            Op::right_ld(ld), grad_logits, ld, false, value_outliers.from(range.offset),
+                                            rows.grad_out_outliers.from(0));
     logits(block, tile, range, weights, slope);
     if (dropout) dropout_factors(problem, block, tile, range, dropout);
     const T unit = logits.unit(), log2e = static_cast<T>(kLog2e);
@@ -121,6 +129,24 @@ class Gradient {
         store(ds_at, ds);
       }
     }
+    // Lanes past the last row hold 0 times the keys and values, which may be infinite, and are summed over.
+    for (int lane = block.count; lane < block.vectors * n; ++lane) {
+      for (int j = 0; j < range.padded; ++j) weights[j * ld + lane] = grad_logits[j * ld + lane] = 0;
+    }
+  }
+
+  // grad_logits' keys and lanes with elements that planes might lose. It has some where values, dO or delta do.
+  void find_outliers(const Rows& rows, const KeyRange& range) {
+    outlying_keys.clear(), outlying_lanes.clear();
+    if (kPlanes<W> == 1 || (rows.finite && !value_outliers.any && !rows.grad_out_outliers.any)) return;
+    std::fill_n(outlying_keys.at, Outliers::kMost, false), std::fill_n(outlying_lanes.at, Outliers::kMost, false);
+    for (int j = 0; j < range.padded; ++j) {
+      for (int lane = 0; lane < rows.block.vectors * kLanes<T>; ++lane) {
+        const T x = grad_logits[j * ld + lane];
+        if (!std::isinf(x) && (x == 0 || std::abs(x) >= kSmallestOfPlanes)) continue;
+        outlying_keys.any = outlying_lanes.any = outlying_keys.at[j] = outlying_lanes.at[lane] = true;
+      }
+    }
   }
 
   // From d / d logits to d / d (scaled scores).
@@ -139,8 +165,11 @@ class Gradient {
   Arena arena;
   Logits<W> logits;
   std::unique_ptr<Rows[]> rows;
-  Poison<W> poison;  // of the key tile
-  W* key;            // [key][dim]
+  Poison<W> poison;                        // of the key tile
+  Outliers key_outliers, value_outliers;   // among the tile's keys
+  Outliers clean_key_outliers;             // all or none
+  Outliers outlying_keys, outlying_lanes;  // of grad_logits
+  W* key;                                  // [key][dim]
   W* clean_key_room;
   const W* clean_key;  // key, or a copy of it without NaN and inf
   W* value;            // [key][value dim]
@@ -155,9 +184,9 @@ class Gradient {
   size_t bytes(int row_blocks) const {
     const int64_t dims = dim + value_dim;
     const int64_t operands =
-        kTileKeys * (dims + dim) + Op::room(kTileKeys, ld) + Op::room(kTileKeys, dims) + row_blocks * 2 * ld * dims;
+        kTileKeys * (dims + dim) + Op::room(kTileKeys, ld) + 2 * Op::room(kTileKeys, dims) + row_blocks * 2 * ld * dims;
     // The sweeps' own sums: a key tile, or as many row blocks as there are.
-    const int64_t sums = kTileKeys * (5 * ld + dims) + (row_blocks + 1) * ld * dims;
+    const int64_t sums = kTileKeys * (5 * ld + dims) + (row_blocks + 2) * ld * dims;
     return operands * sizeof(W) + sums * sizeof(T) + Logits<W>::bytes(problem) + (20 + 8 * row_blocks) * Arena::kAlign;
   }
 };
@@ -169,10 +198,17 @@ bool sums_in_place(const Problem& problem, const BackwardTensors& tensors) {
   return std::is_same_v<E, ComputeOf<E>> && !problem.blocks.map && !problem.members && !tensors.adds_grad_query;
 }
 
-// Owns dK and dV of one key tile; sweeps the row blocks that see it, and adds to their dQ where that can be in place.
+// Row blocks that a packing can have.
 template <typename E>
+int64_t most_row_blocks(const Problem& problem) {
+  constexpr int kLeast =
+      smaller(kBlockLanes<typename ProductOf<E>::Type>, kBlockLanes<typename WideProductOf<E>::Type>);
+  return ceil_div(problem.q_len * problem.group(), kLeast);
+}
+
+// Owns dK and dV of one key tile; sweeps the row blocks that see it, and adds to their dQ where that can be in place.
+template <typename E, typename W>
 class GradKeyValue {
-  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
   using Op = Operands<W>;
   static constexpr int ld = kBlockLanes<W>;
@@ -182,10 +218,13 @@ class GradKeyValue {
       : step_(problem, tensors, 1), in_place_(sums_in_place<E>(problem, tensors)) {
     grad_key_ = step_.arena.template take<T>(kTileKeys * step_.dim);
     grad_value_ = step_.arena.template take<T>(kTileKeys * step_.value_dim);
-    if (in_place_) grad_query_ = step_.arena.template take<T>(round_up(ld, kBlockRows) * step_.dim);
+    if (!in_place_) return;
+    grad_query_ = step_.arena.template take<T>(round_up(ld, kBlockRows) * step_.dim);
+    if constexpr (!Op::kDirect) {
+      key_room_ = step_.arena.template take<W>(Op::room(kTileKeys, step_.dim));
+      grad_query_t_ = step_.arena.template take<T>(step_.dim * ld);
+    }
   }
-
-  static int64_t row_blocks(const Problem& problem) { return ceil_div(problem.q_len * problem.group(), ld); }
 
   // Keys [k_begin, k_end) of the packing's. turns: one per row block of every (sequence, key head).
   void operator()(const RowPacking& packing, int64_t k_begin, int64_t k_end, Turns& turns) {
@@ -194,6 +233,10 @@ class GradKeyValue {
     std::memset(grad_key_, 0, kTileKeys * step_.dim * sizeof(T));
     std::memset(grad_value_, 0, kTileKeys * step_.value_dim * sizeof(T));
     step_.load_key_tile(packing, tile);
+    if (in_place_) {
+      key_t_ = Op::left_from_columns(step_.clean_key, step_.dim, tile.count, step_.dim, key_room_,
+                                     Op::left_ld(step_.dim, kTileKeys));
+    }
     // Row blocks start at multiples of ld from row 0: which rows share a block does not depend on the tile.
     const ColumnSchedule queries = schedule(packing, k_begin, k_end);
     const int64_t step = packing.heads * packing.group.count, end = queries.end * step;
@@ -240,27 +283,43 @@ class GradKeyValue {
     if (range.padded == 0) return;
     step_(rows, tile, range);
     const bool hides = !range.full || !step_.logits.only_masks();
-    // dV += P^T dO, dK += dS^T Q
-    product(hides, range, rows.block, step_.weights, rows.grad_out, step_.value_dim, grad_value_);
     step_.apply_softcap_slope(range);
-    product(hides, range, rows.block, step_.grad_logits, rows.query, step_.dim, grad_key_);
+    step_.find_outliers(rows, range);
+    // dV += P^T dO, dK += dS^T Q
+    product(hides, range, rows.block, step_.weights, rows.grad_out, step_.value_dim, grad_value_,
+            rows.grad_out_outliers, Outliers());
+    product(hides, range, rows.block, step_.grad_logits, rows.query, step_.dim, grad_key_, rows.query_outliers,
+            step_.outlying_keys);
     if constexpr (std::is_same_v<E, T>) {
-      if (in_place_) add_grad_query(packing, tile, rows.block, range, turns);
+      if (in_place_) add_grad_query(packing, tile, rows, range, turns);
     }
   }
 
   // dQ += dS K
-  void add_grad_query(const RowPacking& packing, const Tile& tile, const RowBlock<W>& block, const KeyRange& range,
-                      Turns& turns) {
+  void add_grad_query(const RowPacking& packing, const Tile& tile, const typename Gradient<E, W>::Rows& rows,
+                      const KeyRange& range, Turns& turns) {
     const Problem& problem = step_.problem;
+    const RowBlock<W>& block = rows.block;
     const int lanes = static_cast<int>(round_up(block.count, kBlockRows));
-    multiply<Layout::ColumnMajor>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits, ld,
-                                  step_.clean_key + range.offset * step_.dim, step_.dim, grad_query_, step_.dim, false);
+    if constexpr (Op::kDirect) {
+      Op::template multiply<Layout::ColumnMajor>(lanes, step_.dim / kLanes<T>, range.count, step_.grad_logits, ld,
+                                                 key_t_ + range.offset * step_.dim, step_.dim, grad_query_, step_.dim,
+                                                 false);
+    } else {
+      // dQ^T = K^T dS^T
+      const int64_t key_ld = Op::left_ld(step_.dim, kTileKeys);
+      const W* weights = Op::right_from_tile(step_.grad_logits, ld, range.padded, block.vectors, step_.tile_room,
+                                             step_.outlying_lanes.any);
+      Op::template multiply<Op::kTransposed>(
+          step_.dim, block.vectors, range.padded, key_t_ + Op::left_offset(range.offset, key_ld), key_ld, weights,
+          Op::right_ld(ld), grad_query_t_, ld, false, step_.clean_key_outliers.from(0), step_.outlying_lanes.from(0));
+      transpose(grad_query_t_, ld, step_.dim, block.vectors * kLanes<T>, grad_query_, step_.dim);
+    }
     step_.poison.add_to_lanes(step_.grad_logits, range.offset, range.count, lanes, grad_query_, step_.dim);
     const RowSchedule schedule(block.limits, packing.keys.k_len, kTileKeys);
     const int64_t index = tile.first_key[0] / kTileKeys, turn = schedule.rank(index);
     const int64_t sum =
-        (packing.key_batch * problem.kv_heads + packing.kv_head) * row_blocks(problem) + block.first / ld;
+        (packing.key_batch * problem.kv_heads + packing.kv_head) * most_row_blocks<E>(problem) + block.first / ld;
     const T scale = static_cast<T>(problem.scale);
     turns.wait(sum, turn);
     for (int lane = 0; lane < block.count; ++lane) {
@@ -276,29 +335,37 @@ class GradKeyValue {
   }
 
   // acc[key][dim] += tile[key][lane] values[lane][dim]
-  void product(bool hides, const KeyRange& range, const RowBlock<W>& block, const T* tile, W* values, int dim, T* acc) {
+  void product(bool hides, const KeyRange& range, const RowBlock<W>& block, const T* tile, W* values, int dim, T* acc,
+               Outliers& outliers, const Outliers& outlying_keys) {
     const int lanes = block.vectors * kLanes<T>;
-    const bool poisoned = hides && poison_.take(values, dim, block.count, dim);
-    const W* weights = Op::left_from_tile(tile, ld, range.padded, block.vectors, step_.tile_room);
+    const bool poisoned = (hides || outliers.any) && poison_.take(values, dim, block.count, dim);
+    if constexpr (kPlanes<W> > 1) {
+      // From here on the values' columns are an operand's, and all alike.
+      if (outliers.any) outliers.clear(has_outliers(values, block.count * dim));
+    }
+    const W* weights = Op::left_from_tile(tile, ld, range.padded, block.vectors, step_.tile_room, outlying_keys.any);
     const W* right = Op::right_from_rows(values, dim, lanes, dim, step_.operand_room);
     T* to = acc + range.offset * dim;
-    multiply<Layout::RowMajor>(range.padded, dim / kLanes<T>, Op::depth(block.count, lanes), weights, ld, right,
-                               Op::right_ld(dim), to, dim, true);
-    if (poisoned) poison_.add_to_keys(tile, range.count, to, dim);
+    Op::template multiply<Layout::RowMajor>(range.padded, dim / kLanes<T>, Op::depth(block.count, lanes), weights, ld,
+                                            right, Op::right_ld(dim), to, dim, true, outlying_keys.from(0),
+                                            outliers.from(0));
+    if (poisoned) poison_.add_to_keys(tile, range.count, to, dim, hides);
   }
 
-  Gradient<E> step_;
+  Gradient<E, W> step_;
   bool in_place_;
   T* grad_key_;              // [key][dim]
   T* grad_value_;            // [key][value dim]
   T* grad_query_ = nullptr;  // [lane][dim]: this key tile's part
-  Poison<W> poison_;         // of a row block's Q or dO
+  T* grad_query_t_ = nullptr;
+  W* key_room_ = nullptr;
+  const W* key_t_ = nullptr;  // the key tile as the operand of dQ
+  Poison<W> poison_;          // of a row block's Q or dO
 };
 
 // Owns dQ of one row tile; sweeps the key tiles that it sees.
-template <typename E>
+template <typename E, typename W>
 class GradQuery {
-  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
   using Op = Operands<W>;
   static constexpr int ld = kBlockLanes<W>;
@@ -346,15 +413,18 @@ class GradQuery {
     step_(rows, tile, range);
     step_.apply_softcap_slope(range);
     // dQ^T += K^T dS^T
-    const W* weights = Op::right_from_tile(step_.grad_logits, ld, range.padded, block.vectors, step_.tile_room);
+    step_.find_outliers(rows, range);
+    const W* weights = Op::right_from_tile(step_.grad_logits, ld, range.padded, block.vectors, step_.tile_room,
+                                           step_.outlying_lanes.any);
     const int64_t key_ld = Op::left_ld(step_.dim, kTileKeys);
-    multiply<Op::kTransposed>(step_.dim, block.vectors, Op::depth(range.count, range.padded),
-                              key_ + Op::left_offset(range.offset, key_ld), key_ld, weights, Op::right_ld(ld),
-                              grad_query_[i], ld, true);
+    Op::template multiply<Op::kTransposed>(step_.dim, block.vectors, Op::depth(range.count, range.padded),
+                                           key_ + Op::left_offset(range.offset, key_ld), key_ld, weights,
+                                           Op::right_ld(ld), grad_query_[i], ld, true, step_.clean_key_outliers.from(0),
+                                           step_.outlying_lanes.from(0));
     step_.poison.add_to_columns(step_.grad_logits, range.offset, range.count, grad_query_[i]);
   }
 
-  Gradient<E> step_;
+  Gradient<E, W> step_;
   const W* key_;               // the key tile as a left operand, summed over the keys
   T* grad_query_[kRowBlocks];  // [dim][lane]
   T* scratch_;                 // [lane][dim]
@@ -362,9 +432,8 @@ class GradQuery {
 
 // Owns a tile of dBias: the sum of dS over everything the bias broadcasts over. Heads are not packed here, so
 // that lanes are consecutive queries.
-template <typename E>
+template <typename E, typename W>
 class GradBias {
-  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
   static constexpr int ld = kBlockLanes<W>;
 
@@ -470,7 +539,7 @@ class GradBias {
     store_row(&narrow, 1, to);
   }
 
-  Gradient<E> step_;
+  Gradient<E, W> step_;
   T* sum_;  // [key][lane]
 };
 
@@ -520,29 +589,41 @@ void backward(const Problem& problem, const BackwardTensors& tensors, int thread
   const bool in_place = sums_in_place<E>(problem, tensors);
 
   // First key tiles first: under a causal mask they are the longest, and dQ's turns go in this order.
-  Turns turns(in_place ? packings * GradKeyValue<E>::row_blocks(problem) : 0);
-  parallel<GradKeyValue<E>>(threads, ceil_div(problem.k_len, kTileKeys) * packings, problem, tensors,
-                            [&](GradKeyValue<E>& kernel, int64_t task) {
-                              const RowPacking packing = RowPacking::of(problem, task % packings);
-                              const int64_t begin = task / packings * kTileKeys, k_len = packing.keys.k_len;
-                              if (begin < k_len) kernel(packing, begin, smaller(begin + kTileKeys, k_len), turns);
-                            });
+  Turns turns(in_place ? packings * most_row_blocks<E>(problem) : 0);
+  using KeyValues = ForPackings<GradKeyValue, E, BackwardTensors>;
+  parallel<KeyValues>(
+      threads, ceil_div(problem.k_len, kTileKeys) * packings, problem, tensors, [&](KeyValues& kernels, int64_t task) {
+        const RowPacking packing = RowPacking::of(problem, task % packings);
+        const int64_t begin = task / packings * kTileKeys, k_len = packing.keys.k_len;
+        if (begin >= k_len) return;
+        kernels(packing, [&](auto& kernel) { kernel(packing, begin, smaller(begin + kTileKeys, k_len), turns); });
+      });
 
   if (!in_place) {
-    using Kernel = GradQuery<E>;
+    using Queries = ForPackings<GradQuery, E, BackwardTensors>;
     // Last row tiles first, for the same reason.
-    const int64_t rows = tile_rows(problem, Kernel::kRows, kBlockLanes<typename ProductOf<E>::Type>);
-    const int64_t row_tiles = ceil_div(RowPacking::most(problem), rows);
-    parallel<Kernel>(threads, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
-      const int64_t first = (row_tiles - 1 - task / packings) * rows;
+    const int64_t narrow_rows = tile_rows(problem, Queries::Narrow::kRows, kBlockLanes<typename ProductOf<E>::Type>);
+    const int64_t wide_rows = tile_rows(problem, Queries::Wide::kRows, kBlockLanes<typename WideProductOf<E>::Type>);
+    const int64_t row_tiles = ceil_div(RowPacking::most(problem), smaller(narrow_rows, wide_rows));
+    parallel<Queries>(threads, row_tiles * packings, problem, tensors, [&](Queries& kernels, int64_t task) {
       const RowPacking packing = RowPacking::of(problem, task % packings);
-      if (first < packing.count()) kernel(packing, first, smaller(rows, packing.count() - first));
+      const int64_t rows = is_wide(packing) ? wide_rows : narrow_rows;
+      const int64_t first = (row_tiles - 1 - task / packings) * rows;
+      if (first >= packing.count()) return;
+      kernels(packing, [&](auto& kernel) { kernel(packing, first, smaller(rows, packing.count() - first)); });
     });
   }
 
   if (tensors.grad_bias) {
-    parallel<GradBias<E>>(threads, GradBias<E>::tasks(problem), problem, tensors,
-                          [&](GradBias<E>& kernel, int64_t task) { kernel(task); });
+    using Biases = ForPackings<GradBias, E, BackwardTensors>;
+    // Any packing is like all of them: a bias has no sequences of their own lengths.
+    const RowPacking packing(problem, 0, 0, 0, 1);
+    const int64_t tasks = larger(Biases::Narrow::tasks(problem), Biases::Wide::tasks(problem));
+    parallel<Biases>(threads, tasks, problem, tensors, [&](Biases& kernels, int64_t task) {
+      kernels(packing, [&](auto& kernel) {
+        if (task < kernel.tasks(problem)) kernel(task);
+      });
+    });
   }
 }
 

@@ -8,6 +8,9 @@
 // batch.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "cpu/few.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -28,12 +31,12 @@ struct Parts {
   }
 };
 
-template <typename E>
+template <typename E, typename W>
 class Forward {
-  using W = typename ProductOf<E>::Type;
   using T = ComputeOf<E>;
   using Op = Operands<W>;
-  static constexpr int kRowBlocks = Op::kDirect ? 4 : 8;
+  static constexpr int kRowBlocks = Op::kDirect ? 4 : kPlanes<W> == 1 ? 8 : 16;  // planes of keys take time to make
+  static constexpr bool kHasFew = kPlanes<W> == 1;
   static constexpr int ld = kBlockLanes<W>;
   static constexpr int kFew = smaller(kFewRows, ld);
   static constexpr int kFewLanes = static_cast<int>(round_up(kFew, kLanes<T>));
@@ -84,11 +87,11 @@ class Forward {
     for (int i = 0; i < blocks; ++i) suspend(states_[i], parts, index);
   }
 
-  // The same as the operator, from parts that hold all keys.
-  void merge(const RowPacking& packing, int64_t first, int64_t count, const Parts<T>& parts) {
-    const int blocks = begin(packing, first, count);
+  // The same as the operator, from parts that hold all keys, level by level.
+  void merge(const RowPacking& packing, int64_t first, int64_t count, const std::vector<Parts<T>>& levels) {
+    const int blocks = begin(packing, first, count, false);
     add(carry_, blocks);
-    add(parts, blocks);
+    for (const Parts<T>& parts : levels) add(parts, blocks);
     for (int i = 0; i < blocks; ++i) finish(states_[i]);
   }
 
@@ -98,6 +101,7 @@ class Forward {
     RowBlock<W> block;
     W* query;
     T* acc;
+    Outliers outliers;  // among the lanes
     alignas(64) T max[ld];
     alignas(64) T sum[ld];
   };
@@ -107,11 +111,6 @@ class Forward {
   // The dims in whole vectors: what a few rows are computed with.
   int few_dim() const { return static_cast<int>(round_up(problem_.head_dim, kLanes<T>)); }
   int few_value_dim() const { return static_cast<int>(round_up(problem_.value_dim, kLanes<T>)); }
-
-  // Where a row's sum over the values lies.
-  T& sum_of(State& state, int lane, int d) const {
-    return few_ ? state.acc[lane * few_value_dim() + d] : state.acc[d * ld + lane];
-  }
 
   // Row blocks that a task can have.
   int row_blocks() const {
@@ -140,18 +139,25 @@ class Forward {
   void sweep(const RowPacking& packing, KeyWalk walk, int blocks) {
     const int depth = Op::depth(problem_.head_dim, dim_);
     for (Tile tile; walk.next(tile);) {
-      if (few_) {
-        step_of_few(states_[0], packing, tile);
-        continue;
+      if constexpr (kHasFew) {
+        if (few_) {
+          step_of_few(states_[0], packing, tile);
+          continue;
+        }
       }
       keys_.template find<E>(tensors_.key, packing, tile, problem_.head_dim, key_, dim_);
       values_.template find<E>(tensors_.value, packing, tile, problem_.value_dim, value_, value_dim_);
       poison_.clear();
-      if (hides(tile, blocks) && any_nonfinite(values_)) {
+      const bool hidden = hides(tile, blocks);
+      if ((hidden || values_.outliers.any) && any_nonfinite(values_)) {
         if (!values_.copied) {
           values_.template copy<E>(tensors_.value, packing, tile, problem_.value_dim, value_, value_dim_);
         }
         poison_.take(value_, value_dim_, tile.count, problem_.value_dim);
+      }
+      if constexpr (kPlanes<W> > 1) {
+        // From here on the values' columns are rows of an operand, and all alike.
+        if (values_.outliers.any) values_.outliers.clear(has_outliers(value_, tile.count * value_dim_));
       }
       if constexpr (!Op::kDirect) {
         for (int r = 0; r < values_.size; ++r) {
@@ -166,25 +172,27 @@ class Forward {
         if (range.padded == 0) continue;
         // S^T = K Q^T
         keys_.within(range.offset, range.padded, dim_, [&](int index, int count, const W* rows) {
-          multiply<Layout::RowMajor>(count, block.vectors, depth, rows, dim_, state.query, Op::right_ld(ld),
-                                     scores_ + (index - range.offset) * ld, ld, false);
+          Op::template multiply<Layout::RowMajor>(count, block.vectors, depth, rows, dim_, state.query,
+                                                  Op::right_ld(ld), scores_ + (index - range.offset) * ld, ld, false,
+                                                  keys_.outliers.from(index), state.outliers.from(0));
         });
         logits_(block, tile, range, scores_, nullptr);
         const W* const weights = weigh(state, tile, range);
         // O^T += V^T P^T
         if constexpr (Op::kDirect) {
           values_.within(range.offset, range.count, value_dim_, [&](int index, int count, const W* rows) {
-            multiply<Op::kTransposed>(value_dim_, block.vectors, count, rows, value_dim_,
-                                      weights + (index - range.offset) * Op::right_ld(ld), Op::right_ld(ld), state.acc,
-                                      ld, true);
+            Op::template multiply<Op::kTransposed>(value_dim_, block.vectors, count, rows, value_dim_,
+                                                   weights + (index - range.offset) * Op::right_ld(ld),
+                                                   Op::right_ld(ld), state.acc, ld, true);
           });
         } else {
           const int64_t value_ld = Op::left_ld(value_dim_, kTileKeys);
-          multiply<Op::kTransposed>(value_dim_, block.vectors, Op::depth(range.count, range.padded),
-                                    value_room_ + Op::left_offset(range.offset, value_ld), value_ld, weights,
-                                    Op::right_ld(ld), state.acc, ld, true);
+          Op::template multiply<Op::kTransposed>(value_dim_, block.vectors, Op::depth(range.count, range.padded),
+                                                 value_room_ + Op::left_offset(range.offset, value_ld), value_ld,
+                                                 weights, Op::right_ld(ld), state.acc, ld, true,
+                                                 values_.outliers.from(0));
         }
-        poison_.add_to_columns(scores_, range.offset, range.count, state.acc);
+        poison_.add_to_columns(scores_, range.offset, range.count, state.acc, hidden);
       }
     }
   }
@@ -241,7 +249,7 @@ class Forward {
       pad(at);
       f(static_cast<const E* const*>(at));
     } else {
-      load_tile<E>(view, packing, tile, dim, room, room_ld);
+      load_tile<E>(view, packing, tile, dim, room, room_ld, nullptr);
       const W* at[kRoom];
       for (int i = 0; i < range.count; ++i) at[i] = room + (range.offset + i) * room_ld;
       pad(at);
@@ -274,22 +282,23 @@ class Forward {
   }
 
   // Loads the queries and resets the states; returns the number of row blocks, evenly filled.
-  int begin(const RowPacking& packing, int64_t first, int64_t count) {
+  int begin(const RowPacking& packing, int64_t first, int64_t count, bool loads = true) {
     const int64_t step = kLanes<T> * Op::kVectorStep;
     const int blocks = static_cast<int>(ceil_div(count, ld));
     // Members are how many they are: a row's bits must not show it.
-    few_ = count <= kFew && !problem_.members && problem_.dropout_p == 0;
+    few_ = kHasFew && count <= kFew && !problem_.members && problem_.dropout_p == 0;
     const int64_t share = round_up(ceil_div(count, blocks), step);
     for (int i = 0; i < blocks; ++i) {
       State& state = states_[i];
       const int64_t row = first + i * share;
       state.block.place(problem_, packing, row, static_cast<int>(smaller(share, first + count - row)));
       clear(state);
+      if (!loads) continue;
       if (few_) {
         load_few(state.block);
         continue;
       }
-      load_rows<E>(tensors_.query, state.block, problem_.head_dim, query_, dim_);
+      load_rows<E>(tensors_.query, state.block, problem_.head_dim, query_, dim_, &state.outliers);
       if (logits_.negates_query()) negate(query_, state.block.vectors * kLanes<T> * dim_);
       Op::right_from_columns(query_, dim_, state.block.vectors * kLanes<T>, dim_, state.query, ld);
     }
@@ -306,7 +315,14 @@ class Forward {
   }
 
   void clear(State& state) {
-    std::memset(state.acc, 0, value_dim_ * ld * sizeof(T));
+    constexpr int n = kLanes<T>;
+    if (few_) {
+      std::memset(state.acc, 0, kFew * few_value_dim() * sizeof(T));
+    } else {
+      for (int d = 0; d < value_dim_; ++d) {
+        for (int v = 0; v < state.block.vectors; ++v) store(state.acc + d * ld + v * n, Vec<T>{});
+      }
+    }
     std::fill_n(state.max, ld, -kInf<T>);
     std::fill_n(state.sum, ld, T(0));
   }
@@ -322,33 +338,87 @@ class Forward {
 
   // Merges the parts into the states, in order.
   void add(const Parts<T>& parts, int blocks) {
+    constexpr int n = kLanes<T>;
     const T factor = logits_.factor();
     for (int p = 0; p < parts.count; ++p) {
       for (int i = 0; i < blocks; ++i) {
         State& state = states_[i];
+        const T* rows[ld] = {};  // null: saw nothing; its accumulator was perhaps never written
+        T mine[ld], its[ld];
+        std::fill_n(mine, ld, T(1)), std::fill_n(its, ld, T(0));
         for (int lane = 0; lane < state.block.count; ++lane) {
-          const Row& row = state.block.rows[lane];
-          const int64_t at = parts.at(problem_, p, row, state.block.first + lane);
-          if (parts.sum[at] == 0) continue;  // saw nothing; its accumulator was perhaps never written
+          const int64_t at = parts.at(problem_, p, state.block.rows[lane], state.block.first + lane);
+          if (parts.sum[at] == 0) continue;
           const T top = larger(state.max[lane], parts.max[at]);
-          const T mine = std::exp2((state.max[lane] - top) * factor), its = std::exp2((parts.max[at] - top) * factor);
+          mine[lane] = std::exp2((state.max[lane] - top) * factor),
+          its[lane] = std::exp2((parts.max[at] - top) * factor);
           state.max[lane] = top;
-          state.sum[lane] = state.sum[lane] * mine + parts.sum[at] * its;
-          for (int d = 0; d < problem_.value_dim; ++d) {
-            T& acc = sum_of(state, lane, d);
-            acc = (mine == 0 ? T(0) : acc * mine) + parts.acc[at * problem_.value_dim + d] * its;
-          }
+          state.sum[lane] = state.sum[lane] * mine[lane] + parts.sum[at] * its[lane];
+          rows[lane] = parts.acc + at * problem_.value_dim;
         }
+        for_squares(state, [&](int lane, int d, Vec<T>(&acc)[n]) {
+          for (int r = 0; r < n; ++r) {
+            if (lane + r >= ld || !rows[lane + r]) continue;
+            T x[n] = {};
+            std::memcpy(x, rows[lane + r] + d, smaller(n, problem_.value_dim - d) * sizeof(T));
+            const Vec<T> old = mine[lane + r] == 0 ? Vec<T>{} : acc[r] * mine[lane + r];
+            acc[r] = old + load(x) * its[lane + r];
+          }
+          return true;
+        });
       }
     }
   }
 
   void suspend(State& state, const Parts<T>& parts, int64_t index) {
+    constexpr int n = kLanes<T>;
+    T* rows[ld] = {};
     for (int lane = 0; lane < state.block.count; ++lane) {
       const int64_t at = parts.at(problem_, index, state.block.rows[lane], state.block.first + lane);
       parts.max[at] = state.max[lane], parts.sum[at] = state.sum[lane];
-      for (int d = 0; d < problem_.value_dim; ++d) parts.acc[at * problem_.value_dim + d] = sum_of(state, lane, d);
+      rows[lane] = parts.acc + at * problem_.value_dim;
     }
+    for_squares(state, [&](int lane, int d, Vec<T>(&acc)[n]) {
+      for (int r = 0; r < n; ++r) {
+        if (lane + r >= ld || !rows[lane + r]) continue;
+        std::memcpy(rows[lane + r] + d, &acc[r], smaller(n, problem_.value_dim - d) * sizeof(T));
+      }
+      return false;
+    });
+  }
+
+  // f(lane, d, acc) for squares of rows and value dims, acc[r] being row lane + r's sums from d on. True if it changed
+  // them.
+  template <typename F>
+  void for_squares(State& state, F f) {
+    constexpr int n = kLanes<T>;
+    for (int lane = 0; lane < state.block.count; lane += n) {
+      for (int d = 0; d < problem_.value_dim; d += n) {
+        Vec<T> acc[n] = {};
+        if (few_) {
+          T* const at = state.acc + lane * few_value_dim() + d;
+          const int rows = smaller(n, state.block.count - lane);
+          for (int r = 0; r < rows; ++r) acc[r] = load(at + r * few_value_dim());
+          if (!f(lane, d, acc)) continue;
+          for (int r = 0; r < rows; ++r) store(at + r * few_value_dim(), acc[r]);
+        } else {
+          T* const at = state.acc + d * ld + lane;
+          for (int i = 0; i < n; ++i) acc[i] = load(at + i * ld);
+          transpose_registers<T>(acc);
+          if (!f(lane, d, acc)) continue;
+          transpose_registers<T>(acc);
+          for (int i = 0; i < n; ++i) store(at + i * ld, acc[i]);
+        }
+      }
+    }
+  }
+
+  // What a row's weights are relative to, after scores up to `top`: the largest score so far, or up to
+  // kSlack less in log2 units, since rescaling the sums takes time (Shah et al., "FlashAttention-4").
+  static constexpr int kSlack = 8;
+  template <typename V>
+  V next_shift(V shift, V top) const {
+    return (top > shift + kSlack / logits_.factor()) | (shift == -kInf<T>) ? top : shift;
   }
 
   // update(), for one of a few rows and whole vectors of keys.
@@ -360,11 +430,10 @@ class Forward {
     if (!unified_) {
       Vec<T> top = load(scores);
       for (int j = n; j < keys; j += n) top = max(top, load(scores + j));
-      const T new_max = larger(largest<T>(top), shift);
-      const T old_max = std::exchange(state.max[lane], new_max);
-      shift = new_max == -kInf<T> ? T(0) : new_max;
-      const Vec<T> rescale = exp2<T>(broadcast((old_max - shift) * factor));
-      if (rescale[0] != 1) {
+      const T old_shift = std::exchange(state.max[lane], next_shift(shift, largest<T>(top)));
+      shift = state.max[lane] == -kInf<T> ? T(0) : state.max[lane];
+      if (old_shift != state.max[lane]) {
+        const Vec<T> rescale = exp2<T>(broadcast((old_shift - shift) * factor));
         state.sum[lane] *= rescale[0];
         T* const acc = state.acc + lane * few_value_dim();
         for (int d = 0; d < few_value_dim(); d += n) store(acc + d, load(acc + d) * rescale);
@@ -386,19 +455,21 @@ class Forward {
     const T factor = logits_.factor();
     for (int v = 0; v < state.block.vectors; ++v) {
       const T* const scores = scores_ + v * n;
-      Vec<T> shift = load(state.max + v * n), rescale = broadcast(T(1));
+      Vec<T> shift = load(state.max + v * n);
       if (!unified_) {
         Vec<T> top[4] = {broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>)};
         for (int j = 0; j < keys; j += 4) {
 #pragma GCC unroll 4
           for (int u = 0; u < 4; ++u) top[u] = max(top[u], load(scores + (j + u) * ld));
         }
-        const Vec<T> old_max = shift;
-        const Vec<T> new_max = max(old_max, max(max(top[0], top[1]), max(top[2], top[3])));
+        const Vec<T> old_shift = shift;
+        shift = next_shift(shift, max(max(top[0], top[1]), max(top[2], top[3])));
+        if (any(shift != old_shift)) {
+          store(state.max + v * n, shift);
+          rescale(state, v, old_shift, shift);
+        }
         // A row that has seen nothing yet subtracts 0, not -inf.
-        shift = new_max == -kInf<T> ? Vec<T>{} : new_max;
-        rescale = exp2<T>((old_max - shift) * factor);
-        store(state.max + v * n, new_max);
+        shift = shift == -kInf<T> ? Vec<T>{} : shift;
       }
       Vec<T> sum[4] = {};
       for (int j = 0; j < keys; j += 4) {
@@ -410,13 +481,18 @@ class Forward {
         }
         put(p, j, v, to);
       }
-      store(state.sum + v * n, load(state.sum + v * n) * rescale + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
-      if (any(rescale != 1)) {
-        for (int d = 0; d < value_dim_; ++d) {
-          T* acc = state.acc + d * ld + v * n;
-          store(acc, load(acc) * rescale);
-        }
-      }
+      store(state.sum + v * n, load(state.sum + v * n) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    }
+  }
+
+  // A vector of rows' sums, from one reference to another one.
+  void rescale(State& state, int v, Vec<T> from, Vec<T> to) {
+    constexpr int n = kLanes<T>;
+    const Vec<T> by = from == to ? broadcast(T(1)) : exp2<T>((from - to) * logits_.factor());
+    store(state.sum + v * n, load(state.sum + v * n) * by);
+    for (int d = 0; d < value_dim_; ++d) {
+      T* const acc = state.acc + d * ld + v * n;
+      store(acc, load(acc) * by);
     }
   }
 
@@ -430,7 +506,7 @@ class Forward {
     }
     update(state, range.padded, scores_);
     if (dropout_) drop(state.block, tile, range);
-    return Op::right_from_tile(scores_, ld, range.padded, state.block.vectors, weights_room_);
+    return Op::right_from_tile(scores_, ld, range.padded, state.block.vectors, weights_room_, false);
   }
 
   // Four keys' weights of vector v, to the scores' place or to that of an operand.
@@ -507,61 +583,135 @@ class Forward {
   T* few_scores_;  // [row][key]: S, then P
 };
 
+// A thread's kernels for the levels of a call.
 template <typename E>
-void forward(const Problem& problem, const ForwardTensors& tensors, int threads) {
-  using Kernel = Forward<E>;
-  using T = ComputeOf<E>;
-  const int64_t most = RowPacking::most(problem);
-  const int64_t rows = tile_rows(problem, Kernel::kRows, kBlockLanes<typename ProductOf<E>::Type>);
-  const int64_t row_tiles = ceil_div(most, rows), packings = problem.key_groups() * problem.kv_heads;
-  // f(packing, first, count) for the row tiles; the last ones first: under a causal mask they are the longest.
-  const auto tile = [&](int64_t task, auto f) {
-    const int64_t first = (row_tiles - 1 - task / packings) * rows;
-    const RowPacking packing = RowPacking::of(problem, task % packings);
-    if (first < packing.count()) f(packing, first, smaller(rows, packing.count() - first));
+class LevelKernels {
+ public:
+  struct Levels {
+    const ForwardCall* calls;
+    int count;
   };
-  // Whether to cut is a sequence's own affair too.
-  const auto is_cut = [](const RowPacking& packing) {
-    return packing.count() <= kBlockLanes<typename ProductOf<E>::Type> && packing.keys.k_len > Kernel::kSplitKeys;
+  using Kernels = ForPackings<Forward, E, ForwardTensors>;
+
+  LevelKernels(const Problem&, const Levels& levels) {
+    for (int i = 0; i < levels.count; ++i) kernels_.emplace_back(levels.calls[i].problem, levels.calls[i].tensors);
+  }
+  Kernels& operator[](int level) { return kernels_[level]; }
+
+ private:
+  std::vector<Kernels> kernels_;
+};
+
+// Levels one after the other: states go from call to call.
+template <typename E>
+void forward_in_turn(const ForwardCall* levels, int count, int threads);
+
+template <typename E>
+void forward(const ForwardCall* levels, int count, int threads) {
+  using Thread = LevelKernels<E>;
+  using Kernels = typename Thread::Kernels;
+  using T = ComputeOf<E>;
+  constexpr int64_t kSplitKeys = Kernels::Narrow::kSplitKeys;
+  constexpr int kLanesOfFew = kBlockLanes<typename ProductOf<E>::Type>;
+  const Problem& problem = levels[count - 1].problem;  // all have its rows
+  const typename Thread::Levels all{levels, count};
+  const Problem& longest =
+      std::max_element(levels, levels + count, [](const ForwardCall& one, const ForwardCall& other) {
+        return one.problem.k_len < other.problem.k_len;
+      })->problem;
+  const int64_t most = RowPacking::most(problem);
+  if (count > 1 && most > kLanesOfFew) return forward_in_turn<E>(levels, count, threads);
+
+  const int64_t narrow_rows = tile_rows(problem, Kernels::Narrow::kRows, kLanesOfFew);
+  const int64_t wide_rows = tile_rows(problem, Kernels::Wide::kRows, kBlockLanes<typename WideProductOf<E>::Type>);
+  const int64_t row_tiles = ceil_div(most, smaller(narrow_rows, wide_rows));
+  const int64_t packings = problem.key_groups() * problem.kv_heads;
+  // f(kernel, packing, first, count) for the row tiles; the last ones first: under a causal mask they are the longest.
+  const auto tile = [&](Thread& thread, int level, int64_t task, auto f) {
+    const RowPacking packing = RowPacking::of(levels[level].problem, task % packings);
+    const int64_t rows = is_wide(packing) ? wide_rows : narrow_rows;
+    const int64_t first = (row_tiles - 1 - task / packings) * rows;
+    if (first >= packing.count()) return;
+    thread[level](packing, [&](auto& kernel) { f(kernel, packing, first, smaller(rows, packing.count() - first)); });
+  };
+  // Whether to cut is a sequence's own affair too. Levels are parts to begin with.
+  const auto is_cut = [&](const RowPacking& packing) {
+    return packing.count() <= kLanesOfFew && (count > 1 || packing.keys.k_len > kSplitKeys);
   };
   int64_t most_cut = 0;  // rows of a packing that is cut
-  for (int64_t i = 0; problem.k_len > Kernel::kSplitKeys && i < packings; i += problem.kv_heads) {
+  for (int64_t i = 0; (count > 1 || problem.k_len > kSplitKeys) && i < packings; i += problem.kv_heads) {
     const RowPacking packing = RowPacking::of(problem, i);
     if (is_cut(packing)) most_cut = larger(most_cut, packing.count());
   }
   if (most_cut == 0) {
-    parallel<Kernel>(threads, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
-      tile(task, [&](const RowPacking& packing, int64_t first, int64_t count) { kernel(packing, first, count); });
+    parallel<Thread>(threads, row_tiles * packings, problem, all, [&](Thread& thread, int64_t task) {
+      tile(thread, 0, task,
+           [&](auto& kernel, const RowPacking& packing, int64_t first, int64_t rows) { kernel(packing, first, rows); });
     });
     return;
   }
 
-  const int64_t splits = ceil_div(problem.k_len, Kernel::kSplitKeys), all_rows = packings * most_cut;
-  // No initial values: a part that no key is in is left out by its number of keys.
-  const std::unique_ptr<T[]> memory(new T[splits * all_rows * (problem.value_dim + 2)]);
-  const auto parts_of = [&](int64_t packing, int64_t count) {
-    T* const max = memory.get();
-    return Parts<T>{max, max + splits * all_rows, max + 2 * splits * all_rows, count, all_rows, packing * most_cut};
+  struct Split {
+    int level;
+    int64_t index;  // of the level's
   };
-  parallel<Kernel>(threads, row_tiles * packings * splits, problem, tensors, [&](Kernel& kernel, int64_t task) {
-    const int64_t split = task % splits, begin = split * Kernel::kSplitKeys, index = task / splits;
-    tile(index, [&](const RowPacking& packing, int64_t first, int64_t count) {
+  std::vector<Split> splits;
+  std::vector<int64_t> first_split;
+  for (int level = 0; level < count; ++level) {
+    first_split.push_back(splits.size());
+    const int64_t its = ceil_div(levels[level].problem.k_len, kSplitKeys);
+    for (int64_t i = 0; i < its; ++i) splits.push_back({level, i});
+  }
+  const int64_t all_splits = splits.size(), all_rows = packings * most_cut;
+  // No initial values: a part that no key is in is left out by its number of keys.
+  const std::unique_ptr<T[]> memory(new T[all_splits * all_rows * (problem.value_dim + 2)]);
+  const auto parts_of = [&](int64_t packing, int level, int64_t parts) {
+    T* const max = memory.get() + first_split[level] * all_rows;
+    T* const sum = max + all_splits * all_rows;
+    T* const acc = memory.get() + (2 * all_splits + first_split[level] * problem.value_dim) * all_rows;
+    return Parts<T>{max, sum, acc, parts, all_rows, packing * most_cut};
+  };
+  const auto count_of = [&](const RowPacking& packing) { return ceil_div(packing.keys.k_len, kSplitKeys); };
+  parallel<Thread>(threads, row_tiles * packings * all_splits, longest, all, [&](Thread& thread, int64_t task) {
+    const auto [level, split] = splits[task % all_splits];
+    const int64_t index = task / all_splits;
+    tile(thread, level, index, [&](auto& kernel, const RowPacking& packing, int64_t first, int64_t rows) {
       if (!is_cut(packing)) {
-        if (split == 0) kernel(packing, first, count);
-      } else if (begin < packing.keys.k_len) {
-        kernel.part(packing, first, count, begin, begin + Kernel::kSplitKeys, parts_of(index % packings, splits),
+        if (split == 0) kernel(packing, first, rows);
+      } else if (split < count_of(packing)) {
+        const int64_t begin = split * kSplitKeys;
+        kernel.part(packing, first, rows, begin, begin + kSplitKeys, parts_of(index % packings, level, all_splits),
                     split);
       }
     });
   });
-  const int mergers = worth_threads(threads, static_cast<double>(splits * all_rows) * problem.value_dim);
-  parallel<Kernel>(mergers, row_tiles * packings, problem, tensors, [&](Kernel& kernel, int64_t task) {
-    tile(task, [&](const RowPacking& packing, int64_t first, int64_t count) {
+  const int mergers = worth_threads(threads, static_cast<double>(all_splits * all_rows) * problem.value_dim);
+  parallel<Thread>(mergers, row_tiles * packings, problem, all, [&](Thread& thread, int64_t task) {
+    tile(thread, count - 1, task, [&](auto& kernel, const RowPacking& packing, int64_t first, int64_t rows) {
       if (!is_cut(packing)) return;
-      const int64_t parts = ceil_div(packing.keys.k_len, Kernel::kSplitKeys);
-      kernel.merge(packing, first, count, parts_of(task % packings, parts));
+      std::vector<Parts<T>> parts;
+      for (int level = 0; level < count; ++level) {
+        const RowPacking its = RowPacking::of(levels[level].problem, task % packings);
+        parts.push_back(parts_of(task % packings, level, count_of(its)));
+      }
+      kernel.merge(packing, first, rows, parts);
     });
   });
+}
+
+template <typename E>
+void forward_in_turn(const ForwardCall* levels, int count, int threads) {
+  using T = ComputeOf<E>;
+  const Problem& problem = levels[0].problem;
+  const int64_t rows = (problem.packed ? 1 : problem.batch) * problem.q_heads * problem.q_rows;
+  const std::unique_ptr<T[]> memory(new T[rows * (problem.value_dim + 2)]);
+  T *const sum = memory.get(), *const max = sum + rows;
+  std::fill_n(sum, rows, T(0));  // a row without a sum has no other state
+  for (int i = 0; i < count; ++i) {
+    ForwardCall call = levels[i];
+    call.tensors.carry = {max, sum, max + rows, i + 1 < count};
+    forward<E>(&call, 1, threads);
+  }
 }
 
 }  // namespace flashx::FLASHX_ISA

@@ -1,10 +1,13 @@
 // The one matrix product of the CPU kernels: C[m][n] (+)= sum_k A(m, k) * B[k][n].
 // Rows of C are broadcast from A, columns are vector lanes of B. Every product of the forward and the backward is
 // written so that its lanes already lie contiguous in memory (docs/kernels.md). Where the machine multiplies bfloat16
-// itself, the same product exists for operands of pairs: A(m, k) at a[m * ld + k], B[k][n] at b[k / 2 * ld + 2 * n + k
-// % 2].
+// itself, the same product exists for operands of pairs, in planes (planes.h): A(m, k) at a[m * ld + k], B[k][n] at
+// b[k / 2 * ld + 2 * n + k % 2].
 #pragma once
 
+#include <vector>
+
+#include "cpu/planes.h"
 #include "cpu/simd.h"
 
 namespace flashx::FLASHX_ISA {
@@ -103,10 +106,8 @@ FLASHX_CORE void multiply_pairs_block(int depth, const BFloat16* a, int64_t a_ld
 }
 
 // rows is a multiple of kBlockRows, depth and vectors of 2.
-template <Layout layout>
-void multiply(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b, int64_t b_ld,
-              float* c, int64_t c_ld, bool accumulate) {
-  static_assert(layout == Layout::RowMajor);
+inline void multiply_pairs(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b,
+                           int64_t b_ld, float* c, int64_t c_ld, bool accumulate) {
   for (int v = 0; v < vectors; v += 2) {
     for (int m = 0; m < rows; m += kBlockRows) {
       multiply_pairs_block<2>(depth, a + m * a_ld, a_ld, b + 2 * v * kLanes<float>, b_ld,
@@ -135,13 +136,53 @@ struct PairUnit {
   PairUnit& operator=(const PairUnit&) = delete;
 };
 
+// c[0..3] += a's planes * b's planes. Of neighbouring products one operand stays loaded.
+template <int n>
+FLASHX_CORE void multiply_planes(const uint16_t* left, int64_t left_next, int64_t a_bytes, const uint16_t* right,
+                                 int64_t b_bytes) {
+  const auto load_left = [&](int p) {
+    _tile_loadd(4, left + p * kPlaneBlock, a_bytes);
+    _tile_loadd(5, left + left_next + p * kPlaneBlock, a_bytes);
+  };
+  const auto load_right = [&](int p) {
+    _tile_loadd(6, right + p * kPlaneBlock, b_bytes);
+    _tile_loadd(7, right + (n + p) * kPlaneBlock, b_bytes);
+  };
+  const auto multiply = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  };
+  if constexpr (n == 1) {
+    _tile_loadd(6, right, b_bytes);
+    _tile_loadd(4, left, a_bytes);
+    _tile_loadd(7, right + kPlaneBlock, b_bytes);
+    _tile_loadd(5, left + left_next, a_bytes);
+    multiply();
+  } else if constexpr (n == 2) {
+    load_left(0), load_right(1), multiply();
+    load_left(1), multiply();
+    load_right(0), multiply();
+    load_left(0), multiply();
+  } else {
+    static_assert(n == 3);
+    load_left(0), load_right(2), multiply();
+    load_right(1), multiply();
+    load_left(1), multiply();
+    load_right(0), multiply();
+    load_left(2), multiply();
+    load_left(0), multiply();
+  }
+}
+
 // rows and depth are multiples of 32, vectors of 2.
-template <Layout layout>
-void multiply(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b, int64_t b_ld,
-              float* c, int64_t c_ld, bool accumulate) {
-  static_assert(layout == Layout::RowMajor);
+template <typename W>
+void multiply_pairs(int rows, int vectors, int depth, const W* a, int64_t a_ld, const W* b, int64_t b_ld, float* c,
+                    int64_t c_ld, bool accumulate) {
   constexpr int n = 16;
-  const int64_t a_bytes = a_ld * 2, b_bytes = b_ld * 2, c_bytes = c_ld * 4;
+  constexpr int64_t kBytes = sizeof(W);
+  const int64_t c_bytes = c_ld * 4;
   for (int v = 0; v < vectors; v += 2) {
     for (int m = 0; m < rows; m += 2 * n) {
       float* top = c + m * c_ld + v * n;
@@ -157,22 +198,41 @@ void multiply(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld,
         _tile_zero(2);
         _tile_zero(3);
       }
-      for (int k = 0; k < depth; k += 32) {
-        const BFloat16* left = a + m * a_ld + k;
-        const BFloat16* right = b + k / 2 * b_ld + 2 * v * n;
-        _tile_loadd(6, right, b_bytes);
-        _tile_loadd(4, left, a_bytes);
-        _tile_loadd(7, right + 2 * n, b_bytes);
-        _tile_loadd(5, left + n * a_ld, a_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+      for (int k = 0; k < depth; k += 2 * n) {
+        multiply_planes<kPlanes<W> >(plane(a + m * a_ld + k, 0), n * a_ld * kPlanes<W>, a_ld * kBytes,
+                                     plane(b + k / 2 * b_ld + 2 * v * n, 0), b_ld * kBytes);
       }
       _tile_stored(0, top, c_bytes);
       _tile_stored(1, top + n, c_bytes);
       _tile_stored(2, bottom, c_bytes);
       _tile_stored(3, bottom + n, c_bytes);
+    }
+  }
+}
+
+// The same, and again with the floats that the planes add up to, for the outliers among a's rows and b's columns.
+template <int planes>
+void multiply_outliers(int rows, int vectors, int depth, const Planes<planes>* a, int64_t a_ld, const Planes<planes>* b,
+                       int64_t b_ld, float* c, int64_t c_ld, bool accumulate, const bool* a_rows,
+                       const bool* b_columns) {
+  constexpr int n = kLanes<float>;
+  std::vector<float> before;
+  for (int m = 0; accumulate && m < rows; ++m) before.insert(before.end(), c + m * c_ld, c + m * c_ld + vectors * n);
+  multiply_pairs(rows, vectors, depth, a, a_ld, b, b_ld, c, c_ld, accumulate);
+  for (int m = 0; m < rows; ++m) {
+    for (int v = 0; v < vectors; ++v) {
+      Mask<float> wanted;
+      for (int i = 0; i < n; ++i) wanted[i] = (a_rows && a_rows[m]) || (b_columns && b_columns[v * n + i]) ? -1 : 0;
+      if (!any(wanted)) continue;
+      Vec<float> sum = {};
+      for (int k = 0; k < depth; ++k) {
+        Vec<float> y = {};
+        for (int p = planes; p-- > 0;) y += half_of_words(plane(b + k / 2 * b_ld + 2 * v * n, p), k % 2 == 1);
+        sum += get(a + m * a_ld, k) * y;
+      }
+      float* const at = c + m * c_ld + v * n;
+      if (accumulate) sum += load(before.data() + (m * vectors + v) * n);
+      store(at, wanted ? sum : load(at));
     }
   }
 }

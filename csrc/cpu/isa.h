@@ -26,8 +26,8 @@ void visit(DType dtype, F&& f) {
 
 Kernels kernels() {
   return {
-      [](const Problem& problem, const ForwardTensors& tensors, int threads) {
-        visit(problem.dtype, [&](auto element) { forward<decltype(element)>(problem, tensors, threads); });
+      [](const ForwardCall* levels, int count, int threads) {
+        visit(levels[0].problem.dtype, [&](auto element) { forward<decltype(element)>(levels, count, threads); });
       },
       [](const Problem& problem, const BackwardTensors& tensors, int threads) {
         visit(problem.dtype, [&](auto element) { backward<decltype(element)>(problem, tensors, threads); });

@@ -9,7 +9,8 @@ namespace flashx {
 enum class Unit { Float32, BFloat16Pairs, BFloat16Tiles };
 
 struct Kernels {
-  void (*forward)(const Problem&, const ForwardTensors&, int threads);
+  // One call, or the levels of one, without members: the last level has the results.
+  void (*forward)(const ForwardCall* levels, int count, int threads);
   void (*backward)(const Problem&, const BackwardTensors&, int threads);
   // cpu/probe.h. Rounds of multiply-adds on every thread: the number of operations, two each; 0 without such a unit.
   double (*multiply_adds)(Unit, int64_t rounds, int threads);

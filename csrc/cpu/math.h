@@ -37,19 +37,41 @@ struct Exp2<double> {
                                      4.4352807031925459598e-10};
 };
 
+#if defined(__AVX512F__)
+// x minus the nearest integer, 0 for infinities; and 2^n p, 0 where x is below the smallest normal number's exponent.
+FLASHX_CORE Vec<float> fraction(Vec<float> x) { return (Vec<float>)_mm512_reduce_ps((__m512)x, 0); }
+FLASHX_CORE Vec<double> fraction(Vec<double> x) { return (Vec<double>)_mm512_reduce_pd((__m512d)x, 0); }
+FLASHX_CORE Vec<float> scale_exponent(Vec<float> p, Vec<float> n, Vec<float> x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(1 - Exp2<float>::kBias), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+}
+FLASHX_CORE Vec<double> scale_exponent(Vec<double> p, Vec<double> n, Vec<double> x) {
+  const __mmask8 normal = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(1 - Exp2<double>::kBias), _CMP_NLT_UQ);
+  return (Vec<double>)_mm512_maskz_scalef_pd(normal, (__m512d)p, (__m512d)n);
+}
+#endif
+
 // 2^x for x below the largest exponent; 0 below the smallest normal number, NaN for NaN.
 template <typename T>
 FLASHX_CORE Vec<T> exp2(Vec<T> x) {
   using E = Exp2<T>;
+#if defined(__AVX512F__)
+  const Vec<T> f = fraction(x);
+#else
   x = max(broadcast<T>(-E::kBias), x);  // in this order NaN stays
   const Vec<T> rounded = x + E::kRound;
   const Vec<T> f = x - (rounded - E::kRound);
+#endif
   constexpr int degree = sizeof(E::kPoly) / sizeof(T) - 1;
   Vec<T> p = broadcast(E::kPoly[degree]);
 #pragma GCC unroll 16
   for (int i = degree - 1; i >= 0; --i) p = p * f + E::kPoly[i];
-  const Mask<T> exponent = (bit_cast<Mask<T>>(rounded) + E::kBias) << E::kMantissa;
-  return p * bit_cast<Vec<T>>(exponent);
+#if defined(__AVX512F__)
+  return scale_exponent(p, x - f, x);
+#else
+  const Mask<T> exponent = (bit_cast<Mask<T> >(rounded) + E::kBias) << E::kMantissa;
+  return p * bit_cast<Vec<T> >(exponent);
+#endif
 }
 
 FLASHX_CORE Vec<double> tanh(Vec<double> x) {

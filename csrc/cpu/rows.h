@@ -1,6 +1,8 @@
 // Packed query rows, and the key tiles that they see.
 #pragma once
 
+#include <memory>
+
 #include "core/problem.h"
 #include "core/schedule.h"
 #include "cpu/operands.h"
@@ -69,6 +71,46 @@ struct RowPacking {
     const int64_t q = query / group.count;
     return {b, q, problem->sequence(b, kLoad).q_begin + q, first_head + row % heads};
   }
+};
+
+// True if a packing has rows and keys enough for WideProductOf. A sequence's own affair, since it shows in its bits:
+// members are how many they are.
+inline bool is_wide(const RowPacking& packing) {
+  constexpr int64_t kRows = 32, kKeys = 32;
+  const int64_t rows = packing.keys.q_len * packing.problem->group();
+  return packing.problem->members || (rows >= kRows && packing.keys.k_len >= kKeys);
+}
+
+// Kernels for E's packings, wide ones and others; each is made when its first one comes.
+template <template <typename E, typename W> class Kernel, typename E, typename Tensors>
+class ForPackings {
+ public:
+  using Narrow = Kernel<E, typename ProductOf<E>::Type>;
+  using Wide = Kernel<E, typename WideProductOf<E>::Type>;
+
+  ForPackings(const Problem& problem, const Tensors& tensors) : problem_(problem), tensors_(tensors) {}
+
+  // f(kernel)
+  template <typename F>
+  void operator()(const RowPacking& packing, F f) {
+    if (!std::is_same_v<Narrow, Wide> && is_wide(packing)) {
+      f(made(wide_));
+    } else {
+      f(made(narrow_));
+    }
+  }
+
+ private:
+  template <typename Made>
+  Made& made(std::unique_ptr<Made>& kernel) const {
+    if (!kernel) kernel = std::make_unique<Made>(problem_, tensors_);
+    return *kernel;
+  }
+
+  const Problem& problem_;
+  const Tensors& tensors_;
+  std::unique_ptr<Narrow> narrow_;
+  std::unique_ptr<Wide> wide_;
 };
 
 // Where a packing's keys lie.

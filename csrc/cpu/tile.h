@@ -13,10 +13,36 @@
 
 namespace flashx::FLASHX_ISA {
 
+#if FLASHX_BF16 == 2
+template <typename E, int n>
+FLASHX_CORE void load_planes(const E* from, int dim, Planes<n>* to, int64_t ld, bool exactly) {
+  constexpr int kWords = kLanes<float>;
+  for (int d = 0; d < ld; d += kPlaneBlock) {
+    float edge[kPlaneBlock];
+    const bool whole = d + kPlaneBlock <= dim;
+    if (!whole || exactly) {
+      const int count = clamp(dim - d, 0, kPlaneBlock);
+      load_row(from + d, count, edge);
+      std::memset(edge + count, 0, (kPlaneBlock - count) * sizeof(float));
+    }
+    if (exactly) {
+      split_exactly<n>(edge, plane(to + d, 0));
+    } else if (whole) {
+      split<n>(load_as(from + d, float{}), load_as(from + d + kWords, float{}), plane(to + d, 0));
+    } else {
+      split<n>(load(edge), load(edge + kWords), plane(to + d, 0));
+    }
+  }
+}
+#endif
+
 // `dim` elements as W, then zeros up to ld.
 template <typename E, typename W>
-FLASHX_CORE void load_padded_row(const E* from, int dim, W* to, int64_t ld) {
-  if constexpr (std::is_same_v<E, W>) {
+FLASHX_CORE void load_padded_row(const E* from, int dim, W* to, int64_t ld, bool exactly = false) {
+  if constexpr (kPlanes<W> > 1) {
+    load_planes(from, dim, to, ld, exactly);
+    return;
+  } else if constexpr (std::is_same_v<E, W>) {
     std::memcpy(to, from, dim * sizeof(W));
   } else {
     load_row(from, dim, to);
@@ -24,15 +50,27 @@ FLASHX_CORE void load_padded_row(const E* from, int dim, W* to, int64_t ld) {
   if (dim < ld) std::memset(to + dim, 0, (ld - dim) * sizeof(W));
 }
 
+// fill(exactly) for rows whose outliers are wanted, or nobody's business.
+template <typename W, typename F>
+void fill_rows(const W* to, int rows, int64_t ld, Outliers* outliers, F fill) {
+  if constexpr (kPlanes<W> > 1) {
+    fill_planes(to, rows, ld, *outliers, fill);
+  } else {
+    fill(false);
+  }
+}
+
 // Rows of (batch, head, length, dim) tensors that a block packs, as W, row-major; lanes past count are zero.
 template <typename E, typename W>
-void load_rows(const View& view, const RowBlock<W>& block, int dim, W* to, int64_t ld) {
-  for (int lane = 0; lane < block.count; ++lane) {
-    const Row& row = block.rows[lane];
-    load_padded_row(view.at<E>(row.b, row.head, row.tensor_row), dim, to + lane * ld, ld);
-  }
+void load_rows(const View& view, const RowBlock<W>& block, int dim, W* to, int64_t ld, Outliers* outliers) {
   const int64_t rest = block.vectors * kLanes<ComputeOf<W>> - block.count;
   std::memset(to + block.count * ld, 0, rest * ld * sizeof(W));
+  fill_rows(to, block.count, ld, outliers, [&](bool exactly) {
+    for (int lane = 0; lane < block.count; ++lane) {
+      const Row& row = block.rows[lane];
+      load_padded_row(view.at<E>(row.b, row.head, row.tensor_row), dim, to + lane * ld, ld, exactly);
+    }
+  });
 }
 
 // The transposed tile [dim][lane], times a factor per lane, back into the tensor, or added to what is there.
@@ -56,10 +94,13 @@ void store_rows(const T* from, const T* factor, const RowBlock<W>& block, int di
 // A tile's keys or values as W, row-major; zeros up to the next whole step (leftovers there would be hidden, but could
 // be denormals, which are slow).
 template <typename E, typename W>
-void load_tile(const View& view, const RowPacking& packing, const Tile& tile, int dim, W* to, int64_t ld) {
+void load_tile(const View& view, const RowPacking& packing, const Tile& tile, int dim, W* to, int64_t ld,
+               Outliers* outliers) {
   const KeyRows rows(packing);
-  for (int i = 0; i < tile.count; ++i) load_padded_row(rows.at<E>(view, tile.key(i)), dim, to + i * ld, ld);
   std::memset(to + tile.count * ld, 0, (round_up(tile.count, Operands<W>::kKeyStep) - tile.count) * ld * sizeof(W));
+  fill_rows(to, tile.count, ld, outliers, [&](bool exactly) {
+    for (int i = 0; i < tile.count; ++i) load_padded_row(rows.at<E>(view, tile.key(i)), dim, to + i * ld, ld, exactly);
+  });
 }
 
 // A tile's keys or values, in runs of neighbours [begin, begin + count) of the tile: where they lie in memory, if that
@@ -72,6 +113,7 @@ struct Runs {
   };
   int size = 0;
   bool copied = false;
+  Outliers outliers;  // among the tile's keys
   Run runs[Tile::kPieces];
 
   template <typename E>
@@ -95,7 +137,7 @@ struct Runs {
   template <typename E>
   void copy(const View& view, const RowPacking& packing, const Tile& tile, int dim, W* room, int64_t ld) {
     constexpr int kStep = Operands<W>::kKeyStep;
-    load_tile<E>(view, packing, tile, dim, room, ld);
+    load_tile<E>(view, packing, tile, dim, room, ld, &outliers);
     size = 0, copied = true;
     bool whole = true;  // then cut as in find: sums, run by run, do not show where the rows lie
     tile.runs(0, tile.count, [&](int i, int64_t /*key*/, int count) {
@@ -116,6 +158,18 @@ struct Runs {
     }
   }
 };
+
+// One element, whatever it is made of.
+template <typename W>
+ComputeOf<W> get(const W* from, int64_t i) {
+  ComputeOf<W> x;
+  load_row(from + i, 1, &x);
+  return x;
+}
+template <typename W>
+void set_zero(W* to, int64_t i) {
+  to[i] = W{};
+}
 
 // True if any of the elements is NaN or inf.
 template <typename W>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -47,9 +48,17 @@ def kernel(problem: Problem) -> str:
 
 
 def forward(problem: Problem, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, carry: Carry | None = None) -> None:
-    described = native.with_inputs(problem, inputs)
-    tensors = native.forward_tensors(problem, inputs, out, lse)
-    _C.cpu_forward(described, isa(), torch.get_num_threads(), *tensors, native.carried(carry))
+    level = native.with_inputs(problem, inputs), *native.forward_tensors(problem, inputs, out, lse)
+    _C.cpu_forward(isa(), torch.get_num_threads(), [level], native.carried(carry))
+
+
+def forward_levels(levels: Sequence[tuple[Problem, Inputs]], out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Levels without members, in one parallel region where a sequence has a few rows."""
+    described = [
+        (native.with_inputs(problem, inputs), *native.forward_tensors(problem, inputs, out, lse))
+        for problem, inputs in levels
+    ]
+    _C.cpu_forward(isa(), torch.get_num_threads(), described, None)
 
 
 def backward(
