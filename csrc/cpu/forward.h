@@ -298,11 +298,27 @@ class Forward {
         load_few(state.block);
         continue;
       }
+      if constexpr (std::is_same_v<E, W>) {
+        if (const W* rows = query_rows(packing, state.block)) {
+          const int lanes = state.block.count;
+          Op::right_from_columns(rows, tensors_.query.row, lanes, dim_, state.query, ld);
+          continue;
+        }
+      }
       load_rows<E>(tensors_.query, state.block, problem_.head_dim, query_, dim_, &state.outliers);
       if (logits_.negates_query()) negate(query_, state.block.vectors * kLanes<T> * dim_);
       Op::right_from_columns(query_, dim_, state.block.vectors * kLanes<T>, dim_, state.query, ld);
     }
     return blocks;
+  }
+
+  // A block's queries where they lie, if that is as load_rows would leave them but for the rows' distance; or null.
+  const W* query_rows(const RowPacking& packing, const RowBlock<W>& block) const {
+    const bool fits = packing.heads == 1 && !problem_.sequences && dim_ == problem_.head_dim &&
+                      block.count == block.vectors * kLanes<T> && tensors_.query.row % 2 == 0 &&
+                      !logits_.negates_query();
+    const Row& row = block.rows[0];
+    return fits ? tensors_.query.template at<E>(row.b, row.head, row.tensor_row) : nullptr;
   }
 
   void load_few(const RowBlock<W>& block) {

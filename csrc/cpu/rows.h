@@ -73,12 +73,13 @@ struct RowPacking {
   }
 };
 
-// True if a packing has rows and keys enough for WideProductOf. A sequence's own affair, since it shows in its bits:
-// members are how many they are.
+// True if a packing has rows and keys enough for WideProductOf: to make planes of keys takes time that many rows share.
+// A sequence's own affair, since it shows in its bits: members are how many they are.
 inline bool is_wide(const RowPacking& packing) {
-  constexpr int64_t kRows = 32, kKeys = 32;
-  const int64_t rows = packing.keys.q_len * packing.problem->group();
-  return packing.problem->members || (rows >= kRows && packing.keys.k_len >= kKeys);
+  const Problem& problem = *packing.problem;
+  const int64_t rows = packing.keys.q_len * problem.group();
+  const int64_t least = problem.dtype == DType::Float32 ? 128 : 64;
+  return packing.keys.k_len >= 64 && (problem.members || rows >= least);
 }
 
 // Kernels for E's packings, wide ones and others; each is made when its first one comes.
@@ -282,7 +283,7 @@ struct RowBlock {
     limits = Limits::none();
     const int64_t k_len = packing.keys.k_len;
     IntervalMask mask = problem.mask;
-    for (int lane = 0; lane < ld; ++lane) {
+    for (int lane = 0; lane < vectors * kLanes<T>; ++lane) {
       if (lane >= count) {
         lo[lane] = hi[lane] = leading[lane] = diagonal[lane] = 0;
         slope[lane] = 0;
