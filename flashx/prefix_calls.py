@@ -172,23 +172,24 @@ class SharedPrefixCall:
         if form == "concatenated":
             key, value = self._joined(self.prefix_key, self.key), self._joined(self.prefix_value, self.value)
             return torch.ops.flashx.attention(*self.one_call(key, value, self.prefix_key.shape[2]))
-        key = _with_unused(self.key, [self.prefix_key, self.prefix_value])
-        return torch.ops.flashx.attention(*self.one_call(key, self.value, 0))
+        return torch.ops.flashx.attention(*self.plain())
 
     def explain(self) -> SharedPrefixExplanation:
         chosen, backend = self.plan(), self.options.backend
         if chosen.form == "levels":
             problems = [problem for problem, _ in level_operator.described(self.levels())]
+        elif chosen.form == "plain":
+            problems = [ops.describe(self.plain())]
         else:
-            length = self.prefix_key.shape[2] if chosen.form == "concatenated" else 0
+            length = self.prefix_key.shape[2]
             key, value = (_stand_in(tensor, length + tensor.shape[2]) for tensor in (self.key, self.value))
             problems = [ops.describe(self.one_call(key, value, length))]
         return SharedPrefixExplanation(chosen, tuple(explain_problem(problem, backend) for problem in problems))
 
     def described(self) -> tuple[list[tuple[Problem, Inputs]], Backend]:
-        """What the operator makes of its arguments before it runs: of levels, or of suffixes without a prefix."""
+        """What the operator makes of its arguments before it runs: of levels, or of prefixes or suffixes alone."""
         if self.plan().form == "plain":
-            problem, inputs, chosen = ops.described(self.one_call(self.key, self.value, 0))
+            problem, inputs, chosen = ops.described(self.plain())
             return [(problem, inputs)], chosen
         levels = level_operator.described(self.levels())
         return levels, level_operator.choose(levels, self.options.backend)
@@ -212,6 +213,13 @@ class SharedPrefixCall:
             begins = [torch.arange(0, batch + 1, batch // groups, dtype=torch.int32, device=device)]
         keys, values = [self.prefix_key, self.key], [self.prefix_value, self.value]
         return self.options.levels(self.query, keys, values, [tables[0], tables[1]], members, begins)
+
+    def plain(self) -> tuple[Any, ...]:
+        """Arguments of attention over the prefixes or the suffixes, where the others have no keys."""
+        prefix, suffix = [self.prefix_key, self.prefix_value], [self.key, self.value]
+        if self.prefix_key.shape[2] > 0 and self.query.shape[0] > 0:
+            return self.one_call(_with_unused(prefix[0], suffix), prefix[1], prefix[0].shape[2])
+        return self.one_call(_with_unused(suffix[0], prefix), suffix[1], 0)
 
     def one_call(self, key: torch.Tensor, value: torch.Tensor, prefix_len: int) -> tuple[Any, ...]:
         """Arguments of attention over sequences that begin with prefix_len keys that they do not share."""

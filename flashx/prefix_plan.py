@@ -133,6 +133,8 @@ def plan(
     form: Literal["levels", "concatenated", "plain"]
     if prefix_len == 0 or batch == 0:
         form, reason = "plain", "no prefix"
+    elif suffix_len == 0 and groups == batch and not block_mask:
+        form, reason = "plain", "no suffix, and nobody shares"
     elif block_mask:
         form, reason = "levels", "the block mask is the suffix's alone"
     elif levels + level_launches * launch <= concatenated + COPY_LAUNCHES * launch:

@@ -128,8 +128,7 @@ def shared_prefix_attention(
     ):  # fmt: skip
         repeated = quick.key_of(options, query, prefix_key, prefix_value, key, value)
         if repeated is not None:
-            prefix = (prefix_key, prefix_value) if prefix_key.numel() else ()
-            known = quick.run(repeated, query, *prefix, key, value)
+            known = quick.run(repeated, query, *_read(query, prefix_key, prefix_value, key, value))
             if known is not None:
                 return known
     checked = checked_options(
@@ -139,9 +138,18 @@ def shared_prefix_attention(
     out, lse = call.run()
     if repeated is not None and call.plan().form != "concatenated" and quick.came_before(repeated, query, out):
         levels, chosen = call.described()
-        prefix = (call.prefix_key, call.prefix_value) if len(levels) > 1 else ()
-        quick.keep(repeated, levels, chosen, (query, *prefix, key, value), out)
+        taken = _read(query, call.prefix_key, call.prefix_value, key, value)
+        quick.keep(repeated, levels, chosen, (query, *taken), out)
     return AttentionResult(out, lse) if return_lse else out
+
+
+def _read(query: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Which of the prefixes' and suffixes' keys and values a kept call reads: see ``prefix_plan.plan``."""
+    prefix_key, _, key, _ = tensors
+    groups = prefix_key.shape[0] if prefix_key.dim() == 4 else 1
+    if prefix_key.numel() == 0:
+        return tensors[2:]
+    return tensors[:2] if key.numel() == 0 and query.shape[:1] == (groups,) else tensors
 
 
 def explain_shared_prefix(

@@ -23,6 +23,8 @@ PLANS = [
     ((32, 1, 32, 8, 1, 2048, 128, 128, 128, torch.bfloat16, "cuda"), "levels"),
     ((64, 1, 8, 8, 1, 0, 128, 128, 128, torch.float32, "cpu"), "plain"),
     ((0, 1, 8, 8, 1, 9, 128, 128, 128, torch.float32, "cpu"), "plain"),
+    ((3, 3, 8, 8, 1, 128, 0, 128, 128, torch.float32, "cpu"), "plain"),
+    ((4, 2, 8, 8, 1, 128, 0, 128, 128, torch.float32, "cpu"), "levels"),
 ]
 
 
