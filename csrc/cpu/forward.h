@@ -430,8 +430,9 @@ class Forward {
   }
 
   // What a row's weights are relative to, after scores up to `top`: the largest score so far, or up to
-  // kSlack less in log2 units, since rescaling the sums takes time (Shah et al., "FlashAttention-4").
-  static constexpr int kSlack = 8;
+  // kSlack less in log2 units, since rescaling the sums takes time (Shah et al., "FlashAttention-4"). The weight that
+  // most of a row's output comes from is then not exp2(0), and rounded: too much for float32.
+  static constexpr int kSlack = sizeof(E) == 2 ? 8 : 0;
   template <typename V>
   V next_shift(V shift, V top) const {
     return (top > shift + kSlack / logits_.factor()) | (shift == -kInf<T>) ? top : shift;

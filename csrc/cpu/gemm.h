@@ -136,17 +136,18 @@ struct PairUnit {
   PairUnit& operator=(const PairUnit&) = delete;
 };
 
-// c[0..3] += a's planes * b's planes. Of neighbouring products one operand stays loaded.
+// c[0..3] += a's planes * b's planes, but for the first ones', which are in their own place if there are three: what is
+// small is summed up before what is large, and rounds less. Of neighbouring products one operand stays loaded.
 template <int n>
 FLASHX_CORE void multiply_planes(const uint16_t* left, int64_t left_next, int64_t a_bytes, const uint16_t* right,
-                                 int64_t b_bytes) {
+                                 int64_t b_bytes, int of) {
   const auto load_left = [&](int p) {
     _tile_loadd(4, left + p * kPlaneBlock, a_bytes);
     _tile_loadd(5, left + left_next + p * kPlaneBlock, a_bytes);
   };
   const auto load_right = [&](int p) {
     _tile_loadd(6, right + p * kPlaneBlock, b_bytes);
-    _tile_loadd(7, right + (n + p) * kPlaneBlock, b_bytes);
+    _tile_loadd(7, right + (of + p) * kPlaneBlock, b_bytes);
   };
   const auto multiply = [] {
     _tile_dpbf16ps(0, 4, 6);
@@ -157,7 +158,7 @@ FLASHX_CORE void multiply_planes(const uint16_t* left, int64_t left_next, int64_
   if constexpr (n == 1) {
     _tile_loadd(6, right, b_bytes);
     _tile_loadd(4, left, a_bytes);
-    _tile_loadd(7, right + kPlaneBlock, b_bytes);
+    _tile_loadd(7, right + of * kPlaneBlock, b_bytes);
     _tile_loadd(5, left + left_next, a_bytes);
     multiply();
   } else if constexpr (n == 2) {
@@ -172,7 +173,6 @@ FLASHX_CORE void multiply_planes(const uint16_t* left, int64_t left_next, int64_
     load_left(1), multiply();
     load_right(0), multiply();
     load_left(2), multiply();
-    load_left(0), multiply();
   }
 }
 
@@ -198,10 +198,15 @@ void multiply_pairs(int rows, int vectors, int depth, const W* a, int64_t a_ld, 
         _tile_zero(2);
         _tile_zero(3);
       }
-      for (int k = 0; k < depth; k += 2 * n) {
-        multiply_planes<kPlanes<W> >(plane(a + m * a_ld + k, 0), n * a_ld * kPlanes<W>, a_ld * kBytes,
-                                     plane(b + k / 2 * b_ld + 2 * v * n, 0), b_ld * kBytes);
-      }
+      const auto steps = [&](auto planes) {
+        constexpr int kOf = kPlanes<W>;
+        for (int k = 0; k < depth; k += 2 * n) {
+          multiply_planes<decltype(planes)::value>(plane(a + m * a_ld + k, 0), n * a_ld * kOf, a_ld * kBytes,
+                                                   plane(b + k / 2 * b_ld + 2 * v * n, 0), b_ld * kBytes, kOf);
+        }
+      };
+      steps(std::integral_constant<int, kPlanes<W> >{});
+      if constexpr (kPlanes<W> == 3) steps(std::integral_constant<int, 1>{});
       _tile_stored(0, top, c_bytes);
       _tile_stored(1, top + n, c_bytes);
       _tile_stored(2, bottom, c_bytes);
