@@ -182,12 +182,13 @@ void multiply_pairs(int rows, int vectors, int depth, const W* a, int64_t a_ld, 
                     int64_t c_ld, bool accumulate) {
   constexpr int n = 16;
   constexpr int64_t kBytes = sizeof(W);
+  constexpr bool kAddedLast = kPlanes<W> == 3;  // a long sum of tiles' sums rounds less than a running one
   const int64_t c_bytes = c_ld * 4;
   for (int v = 0; v < vectors; v += 2) {
     for (int m = 0; m < rows; m += 2 * n) {
       float* top = c + m * c_ld + v * n;
       float* bottom = top + n * c_ld;
-      if (accumulate) {
+      if (accumulate && !kAddedLast) {
         _tile_loadd(0, top, c_bytes);
         _tile_loadd(1, top + n, c_bytes);
         _tile_loadd(2, bottom, c_bytes);
@@ -207,6 +208,20 @@ void multiply_pairs(int rows, int vectors, int depth, const W* a, int64_t a_ld, 
       };
       steps(std::integral_constant<int, kPlanes<W> >{});
       if constexpr (kPlanes<W> == 3) steps(std::integral_constant<int, 1>{});
+      if (accumulate && kAddedLast) {
+        alignas(64) float sums[4 * n * n];
+        _tile_stored(0, sums, 8 * n);
+        _tile_stored(1, sums + n, 8 * n);
+        _tile_stored(2, sums + 2 * n * n, 8 * n);
+        _tile_stored(3, sums + 2 * n * n + n, 8 * n);
+        for (int r = 0; r < 2 * n; ++r) {
+          for (int h = 0; h < 2 * n; h += n) {
+            float* const at = top + r * c_ld + h;
+            store(at, load(at) + load(sums + r * 2 * n + h));
+          }
+        }
+        continue;
+      }
       _tile_stored(0, top, c_bytes);
       _tile_stored(1, top + n, c_bytes);
       _tile_stored(2, bottom, c_bytes);
