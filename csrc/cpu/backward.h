@@ -7,7 +7,6 @@
 // for, is swept by tiles of the bias.
 #pragma once
 
-#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/poison.h"
 #include "cpu/tile.h"
@@ -601,16 +600,10 @@ void backward(const Problem& problem, const BackwardTensors& tensors, int thread
 
   if (!in_place) {
     using Queries = ForPackings<GradQuery, E, BackwardTensors>;
-    // Last row tiles first, for the same reason.
-    const int64_t narrow_rows = tile_rows(problem, Queries::Narrow::kRows, kBlockLanes<typename ProductOf<E>::Type>);
-    const int64_t wide_rows = tile_rows(problem, Queries::Wide::kRows, kBlockLanes<typename WideProductOf<E>::Type>);
-    const int64_t row_tiles = ceil_div(RowPacking::most(problem), smaller(narrow_rows, wide_rows));
-    parallel<Queries>(threads, row_tiles * packings, problem, tensors, [&](Queries& kernels, int64_t task) {
-      const RowPacking packing = RowPacking::of(problem, task % packings);
-      const int64_t rows = is_wide(packing) ? wide_rows : narrow_rows;
-      const int64_t first = (row_tiles - 1 - task / packings) * rows;
-      if (first >= packing.count()) return;
-      kernels(packing, [&](auto& kernel) { kernel(packing, first, smaller(rows, packing.count() - first)); });
+    const RowTiles<Queries> tiles(problem);
+    parallel<Queries>(threads, tiles.tasks(), problem, tensors, [&](Queries& kernels, int64_t task) {
+      tiles(RowPacking::of(problem, task % packings), task, kernels,
+            [](auto& kernel, const RowPacking& packing, int64_t first, int64_t rows) { kernel(packing, first, rows); });
     });
   }
 

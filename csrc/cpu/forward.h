@@ -3,19 +3,16 @@
 // so K and V are read ceil(rows / kRowBlocks / kBlockLanes) times, Q and O once. Nothing of size Lq x Lk
 // exists.
 // A row block of a few rows (decoding) has its own products, with dims as lanes (few.h), and keeps its sums by row.
-// A sequence with few rows and many keys is cut at multiples of kSplitKeys; the parts' states are then
-// merged in order. Where cuts are depends on the positions of keys alone, so a sequence's bits do not depend on its
-// batch.
+// Which rows and keys a thread has, and in what order, is levels.h's affair.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
 #include "cpu/few.h"
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
 #include "cpu/poison.h"
 #include "cpu/tile.h"
+#include "cpu/weigh.h"
 
 namespace flashx::FLASHX_ISA {
 
@@ -35,8 +32,10 @@ template <typename E, typename W>
 class Forward {
   using T = ComputeOf<E>;
   using Op = Operands<W>;
-  static constexpr int kRowBlocks = Op::kDirect ? 4 : kPlanes<W> == 1 ? 8 : 16;  // planes of keys take time to make
+  static constexpr int kRowBlocks =
+      Op::kDirect ? 4 : 16;  // forms of keys that are not used as they lie take time to make
   static constexpr bool kHasFew = kPlanes<W> == 1;
+  static constexpr int kSteps = Op::kBeside ? 2 : 1;  // row blocks' steps that have scores or weights
   static constexpr int ld = kBlockLanes<W>;
   static constexpr int kFew = smaller(kFewRows, ld);
   static constexpr int kFewLanes = static_cast<int>(round_up(kFew, kLanes<T>));
@@ -58,9 +57,11 @@ class Forward {
     key_ = arena_.take<W>(keys * dim_);
     value_ = arena_.take<W>(keys * value_dim_);
     value_room_ = arena_.take<W>(Op::room(value_dim_, kTileKeys));
-    weights_room_ = arena_.take<W>(Op::room(keys, ld));
     query_ = arena_.take<W>(ld * dim_);
-    scores_ = arena_.take<T>(keys * ld);
+    for (int i = 0; i < kSteps; ++i) {
+      weights_room_[i] = arena_.take<W>(Op::room(keys, ld));
+      scores_[i] = arena_.take<T>(keys * ld);
+    }
     scratch_ = arena_.take<T>(ld * value_dim_);
     if (problem.dropout_p > 0) dropout_ = arena_.take<T>(keys * ld);
     few_query_ = arena_.take<T>(kFew * few_dim());
@@ -96,14 +97,18 @@ class Forward {
   }
 
  private:
-  // A row block's online softmax: transposed queries and output, running max and running sum.
-  struct State {
+  // A row block: transposed queries, and its sums.
+  struct State : RowSums<W> {
     RowBlock<W> block;
     W* query;
-    T* acc;
     Outliers outliers;  // among the lanes
-    alignas(64) T max[ld];
-    alignas(64) T sum[ld];
+  };
+
+  // A row block's step over a key tile.
+  struct Step {
+    State* state = nullptr;  // null: there is none
+    KeyRange range;
+    int place = 0;  // of its scores and weights
   };
 
   // Keys that the memory of a tile has room for.
@@ -121,23 +126,23 @@ class Forward {
   void sweep(const RowPacking& packing, int64_t first, int64_t count, int64_t k_begin, int64_t k_end, int blocks) {
     Limits limits = Limits::none();
     for (int i = 0; i < blocks; ++i) limits.widen(states_[i].block.limits);
+    const KeyWalk walk(packing, first, first + count - 1, limits, k_begin, k_end, few_ ? kTileKeys : Op::kTileKeys);
     unified_ = !std::isnan(problem_.unified_max) && carry_.count == 0;
     if (unified_) {
       for (int i = 0; i < blocks; ++i)
         std::fill_n(states_[i].max, ld, static_cast<T>(problem_.unified_max) / logits_.unit());
     }
-    sweep(packing, KeyWalk(packing, first, first + count - 1, limits, k_begin, k_end), blocks);
+    sweep(packing, walk, blocks);
     if (!unified_) return;
     bool fits = true;
     for (int i = 0; i < blocks; ++i) fits &= sums_fit(states_[i]);
     if (fits) return;
     unified_ = false;
     for (int i = 0; i < blocks; ++i) clear(states_[i]);
-    sweep(packing, KeyWalk(packing, first, first + count - 1, limits, k_begin, k_end), blocks);
+    sweep(packing, walk, blocks);
   }
 
   void sweep(const RowPacking& packing, KeyWalk walk, int blocks) {
-    const int depth = Op::depth(problem_.head_dim, dim_);
     for (Tile tile; walk.next(tile);) {
       if constexpr (kHasFew) {
         if (few_) {
@@ -165,36 +170,87 @@ class Forward {
                                 value_room_ + values_.runs[r].begin, Op::left_ld(value_dim_, kTileKeys));
         }
       }
-      for (int i = 0; i < blocks; ++i) {
-        State& state = states_[i];
-        const RowBlock<W>& block = state.block;
-        const KeyRange range = KeyRange::of(block, tile);
-        if (range.padded == 0) continue;
-        // S^T = K Q^T
-        keys_.within(range.offset, range.padded, dim_, [&](int index, int count, const W* rows) {
-          Op::template multiply<Layout::RowMajor>(count, block.vectors, depth, rows, dim_, state.query,
-                                                  Op::right_ld(ld), scores_ + (index - range.offset) * ld, ld, false,
-                                                  keys_.outliers.from(index), state.outliers.from(0));
-        });
-        logits_(block, tile, range, scores_, nullptr);
-        const W* const weights = weigh(state, tile, range);
-        // O^T += V^T P^T
-        if constexpr (Op::kDirect) {
-          values_.within(range.offset, range.count, value_dim_, [&](int index, int count, const W* rows) {
-            Op::template multiply<Op::kTransposed>(value_dim_, block.vectors, count, rows, value_dim_,
-                                                   weights + (index - range.offset) * Op::right_ld(ld),
-                                                   Op::right_ld(ld), state.acc, ld, true);
-          });
-        } else {
-          const int64_t value_ld = Op::left_ld(value_dim_, kTileKeys);
-          Op::template multiply<Op::kTransposed>(value_dim_, block.vectors, Op::depth(range.count, range.padded),
-                                                 value_room_ + Op::left_offset(range.offset, value_ld), value_ld,
-                                                 weights, Op::right_ld(ld), state.acc, ld, true,
-                                                 values_.outliers.from(0));
+      // The steps of three row blocks at a time, if products run beside vectors: one's scores, weights of the one
+      // before, and the output of the one before that.
+      const bool at_once = !Op::kDirect && !dropout_ && poison_.empty();  // weights become an operand as they are made
+      Step newer, older;
+      for (int i = 0, steps = 0; i < blocks || newer.state || older.state; ++i) {
+        Step next;
+        if (i < blocks) {
+          const KeyRange range = KeyRange::of(states_[i].block, tile);
+          if (range.padded == 0) continue;
+          next = {&states_[i], range, steps++ % kSteps};
         }
-        poison_.add_to_columns(scores_, range.offset, range.count, state.acc, hidden);
+        if constexpr (Op::kBeside) {
+          Weighing<E, W, W> weighing;
+          if (newer.state && at_once) weighing = weights_of(newer, weights_room_[newer.place], pieces(newer));
+          if (older.state) add_values(older, hidden, weighing);
+          if (next.state) score(next, tile, weighing);
+          weighing.finish();
+          if (newer.state && !at_once) weigh(newer, tile);
+          older = newer, newer = next;
+        } else if (next.state) {
+          score(next, tile, NoWork());
+          at_once ? weights_of(next, weights_room_[next.place]).finish() : weigh(next, tile);
+          add_values(next, hidden, NoWork());
+        }
       }
     }
+  }
+
+  // S^T = K Q^T, and what becomes of it before it is weighed. Here and below, pieces of `work` are done meanwhile.
+  template <typename Work>
+  void score(const Step& step, const Tile& tile, Work&& work) {
+    const State& state = *step.state;
+    const KeyRange& range = step.range;
+    T* const scores = scores_[step.place];
+    keys_.within(range.offset, range.padded, dim_, [&](int index, int count, const W* rows) {
+      Op::template multiply<Layout::RowMajor>(count, state.block.vectors, Op::depth(problem_.head_dim, dim_), rows,
+                                              dim_, state.query, Op::right_ld(ld), scores + (index - range.offset) * ld,
+                                              ld, false, keys_.outliers.from(index), state.outliers.from(0), work);
+    });
+    logits_(state.block, tile, range, scores, nullptr);
+  }
+
+  // O^T += V^T P^T
+  template <typename Work>
+  void add_values(const Step& step, bool hidden, Work&& work) {
+    State& state = *step.state;
+    const KeyRange& range = step.range;
+    if constexpr (Op::kDirect) {
+      values_.within(range.offset, range.count, value_dim_, [&](int index, int count, const W* rows) {
+        Op::template multiply<Op::kTransposed>(value_dim_, state.block.vectors, count, rows, value_dim_,
+                                               scores_[step.place] + (index - range.offset) * Op::right_ld(ld),
+                                               Op::right_ld(ld), state.acc, ld, true);
+      });
+    } else {
+      const int64_t value_ld = Op::left_ld(value_dim_, kTileKeys);
+      Op::template multiply<Op::kTransposed>(value_dim_, state.block.vectors, Op::depth(range.count, range.padded),
+                                             value_room_ + Op::left_offset(range.offset, value_ld), value_ld,
+                                             weights_room_[step.place], Op::right_ld(ld), state.acc, ld, true,
+                                             values_.outliers.from(0), nullptr, work);
+    }
+    poison_.add_to_columns(scores_[step.place], range.offset, range.count, state.acc, hidden);
+  }
+
+  // The softmax of a step's scores, to be done.
+  template <typename To>
+  Weighing<E, W, To> weights_of(const Step& step, To* to, int pieces = 1) {
+    State& state = *step.state;
+    return {
+        state, state.block.vectors, value_dim_, scores_[step.place], step.range.padded, logits_.factor(), !unified_, to,
+        pieces};
+  }
+  // Pieces that fit beside a step's products.
+  int pieces(const Step& step) const { return pieces_of_work<W>(step.range.padded, dim_ + value_dim_); }
+
+  // The softmax in the scores' own place, weights dropped, and from there to an operand.
+  void weigh(const Step& step, const Tile& tile) {
+    const RowBlock<W>& block = step.state->block;
+    T* const scores = scores_[step.place];
+    weights_of(step, scores).finish();
+    if (dropout_) drop(block, tile, step.range, scores);
+    Op::right_from_tile(scores, ld, step.range.padded, block.vectors, weights_room_[step.place], false);
   }
 
   // A tile's step for a block of a few rows.
@@ -207,9 +263,9 @@ class Forward {
     });
     const int keys = static_cast<int>(round_up(range.padded, kLanes<T>));
     if (!logits_.plain() || !range.full) {
-      transpose(few_scores_, kTileKeys, kFewLanes, keys, scores_, ld);
-      logits_(block, tile, range, scores_, nullptr);
-      transpose(scores_, ld, keys, kFewLanes, few_scores_, kTileKeys);
+      transpose(few_scores_, kTileKeys, kFewLanes, keys, scores_[0], ld);
+      logits_(block, tile, range, scores_[0], nullptr);
+      transpose(scores_[0], ld, keys, kFewLanes, few_scores_, kTileKeys);
     }
     for (int lane = 0; lane < block.count; ++lane) {
       std::fill(few_scores_ + lane * kTileKeys + range.padded, few_scores_ + lane * kTileKeys + keys, -kInf<T>);
@@ -226,9 +282,9 @@ class Forward {
         decltype(+*values) seen[kTileKeys];
         int count = 0;
         for (int j = 0; j < range.count; ++j) {
-          if (weights[j] != 0) scores_[count] = weights[j], seen[count++] = values[j];
+          if (weights[j] != 0) scores_[0][count] = weights[j], seen[count++] = values[j];
         }
-        few_values(1, scores_, kTileKeys, seen, count, state.acc + lane * few_value_dim(), few_value_dim());
+        few_values(1, scores_[0], kTileKeys, seen, count, state.acc + lane * few_value_dim(), few_value_dim());
       }
     });
   }
@@ -259,10 +315,10 @@ class Forward {
 
   size_t bytes() const {
     const int64_t keys = score_room();
-    const int64_t operands = keys * (dim_ + value_dim_) + Op::room(value_dim_, kTileKeys) + Op::room(keys, ld) +
-                             ld * dim_ + row_blocks() * ld * dim_;
+    const int64_t operands = keys * (dim_ + value_dim_) + Op::room(value_dim_, kTileKeys) +
+                             kSteps * Op::room(keys, ld) + ld * dim_ + row_blocks() * ld * dim_;
     const int64_t few = kFew * few_dim() + kFewLanes * kTileKeys;
-    const int64_t sums = 2 * keys * ld + ld * value_dim_ + row_blocks() * ld * value_dim_ + few;
+    const int64_t sums = (kSteps + 1) * keys * ld + ld * value_dim_ + row_blocks() * ld * value_dim_ + few;
     return operands * sizeof(W) + sums * sizeof(T) + Logits<W>::bytes(problem_) + 20 * Arena::kAlign;
   }
 
@@ -429,15 +485,6 @@ class Forward {
     }
   }
 
-  // What a row's weights are relative to, after scores up to `top`: the largest score so far, or up to
-  // kSlack less in log2 units, since rescaling the sums takes time (Shah et al., "FlashAttention-4"). The weight that
-  // most of a row's output comes from is then not exp2(0), and rounded: too much for float32.
-  static constexpr int kSlack = sizeof(E) == 2 ? 8 : 0;
-  template <typename V>
-  V next_shift(V shift, V top) const {
-    return (top > shift + kSlack / logits_.factor()) | (shift == -kInf<T>) ? top : shift;
-  }
-
   // update(), for one of a few rows and whole vectors of keys.
   void update_row(State& state, int lane, int keys) {
     constexpr int n = kLanes<T>;
@@ -447,7 +494,7 @@ class Forward {
     if (!unified_) {
       Vec<T> top = load(scores);
       for (int j = n; j < keys; j += n) top = max(top, load(scores + j));
-      const T old_shift = std::exchange(state.max[lane], next_shift(shift, largest<T>(top)));
+      const T old_shift = std::exchange(state.max[lane], next_shift<E>(shift, largest<T>(top), factor));
       shift = state.max[lane] == -kInf<T> ? T(0) : state.max[lane];
       if (old_shift != state.max[lane]) {
         const Vec<T> rescale = exp2<T>(broadcast((old_shift - shift) * factor));
@@ -465,83 +512,9 @@ class Forward {
     state.sum[lane] += sum<T>(total);
   }
 
-  // P^T = exp2((scores - max) * factor), into `to`; the accumulator is rescaled where the max moved.
-  template <typename To>
-  void update(State& state, int keys, To* to) {
-    constexpr int n = kLanes<T>;
-    const T factor = logits_.factor();
-    for (int v = 0; v < state.block.vectors; ++v) {
-      const T* const scores = scores_ + v * n;
-      Vec<T> shift = load(state.max + v * n);
-      if (!unified_) {
-        Vec<T> top[4] = {broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>), broadcast(-kInf<T>)};
-        for (int j = 0; j < keys; j += 4) {
-#pragma GCC unroll 4
-          for (int u = 0; u < 4; ++u) top[u] = max(top[u], load(scores + (j + u) * ld));
-        }
-        const Vec<T> old_shift = shift;
-        shift = next_shift(shift, max(max(top[0], top[1]), max(top[2], top[3])));
-        if (any(shift != old_shift)) {
-          store(state.max + v * n, shift);
-          rescale(state, v, old_shift, shift);
-        }
-        // A row that has seen nothing yet subtracts 0, not -inf.
-        shift = shift == -kInf<T> ? Vec<T>{} : shift;
-      }
-      Vec<T> sum[4] = {};
-      for (int j = 0; j < keys; j += 4) {
-        Vec<T> p[4];
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) {
-          p[u] = exp2<T>((load(scores + (j + u) * ld) - shift) * factor);
-          sum[u] += p[u];
-        }
-        put(p, j, v, to);
-      }
-      store(state.sum + v * n, load(state.sum + v * n) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
-    }
-  }
-
-  // A vector of rows' sums, from one reference to another one.
-  void rescale(State& state, int v, Vec<T> from, Vec<T> to) {
-    constexpr int n = kLanes<T>;
-    const Vec<T> by = from == to ? broadcast(T(1)) : exp2<T>((from - to) * logits_.factor());
-    store(state.sum + v * n, load(state.sum + v * n) * by);
-    for (int d = 0; d < value_dim_; ++d) {
-      T* const acc = state.acc + d * ld + v * n;
-      store(acc, load(acc) * by);
-    }
-  }
-
-  // The scores' weights, dropped ones 0, as a right operand.
-  const W* weigh(State& state, const Tile& tile, const KeyRange& range) {
-    if constexpr (!Op::kDirect) {
-      if (!dropout_ && poison_.empty()) {
-        update(state, range.padded, weights_room_);
-        return weights_room_;
-      }
-    }
-    update(state, range.padded, scores_);
-    if (dropout_) drop(state.block, tile, range);
-    return Op::right_from_tile(scores_, ld, range.padded, state.block.vectors, weights_room_, false);
-  }
-
-  // Four keys' weights of vector v, to the scores' place or to that of an operand.
-  static FLASHX_CORE void put(const Vec<T> (&p)[4], int j, int v, T* to) {
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) store(to + (j + u) * ld + v * kLanes<T>, p[u]);
-  }
-  template <typename To>
-  static FLASHX_CORE void put(const Vec<T> (&p)[4], int j, int v, To* to) {
-    Op::store_pair(p[0], p[1], ld, j, v, to);
-    Op::store_pair(p[2], p[3], ld, j + 2, v, to);
-  }
-
-  void drop(const RowBlock<W>& block, const Tile& tile, const KeyRange& range) {
+  void drop(const RowBlock<W>& block, const Tile& tile, const KeyRange& range, T* weights) {
     dropout_factors(problem_, block, tile, range, dropout_);
-    for (int i = 0; i < range.padded * ld; i += kLanes<T>) {
-      store(scores_ + i, load(scores_ + i) * load(dropout_ + i));
-    }
+    for (int i = 0; i < range.padded * ld; i += kLanes<T>) store(weights + i, load(weights + i) * load(dropout_ + i));
   }
 
   void finish(State& state) {
@@ -588,147 +561,16 @@ class Forward {
   Poison<W> poison_;
   State states_[kRowBlocks];
   Runs<W> keys_, values_;
-  W* key_;           // [key][dim]: copies, as below
-  W* value_;         // [key][value dim]
-  W* value_room_;    // for the value tile as a left operand
-  W* weights_room_;  // for P^T as a right operand
-  W* query_;         // [lane][dim]
-  T* scores_;        // [key][lane]: S^T, then P^T
-  T* scratch_;       // [lane][value dim]
+  W* key_;                   // [key][dim]: copies, as below
+  W* value_;                 // [key][value dim]
+  W* value_room_;            // for the value tile as a left operand
+  W* weights_room_[kSteps];  // for P^T as a right operand
+  W* query_;                 // [lane][dim]
+  T* scores_[kSteps];        // [key][lane]: S^T, then P^T
+  T* scratch_;               // [lane][value dim]
   T* dropout_ = nullptr;
   T* few_query_;   // [row][dim]
   T* few_scores_;  // [row][key]: S, then P
 };
-
-// A thread's kernels for the levels of a call.
-template <typename E>
-class LevelKernels {
- public:
-  struct Levels {
-    const ForwardCall* calls;
-    int count;
-  };
-  using Kernels = ForPackings<Forward, E, ForwardTensors>;
-
-  LevelKernels(const Problem&, const Levels& levels) {
-    for (int i = 0; i < levels.count; ++i) kernels_.emplace_back(levels.calls[i].problem, levels.calls[i].tensors);
-  }
-  Kernels& operator[](int level) { return kernels_[level]; }
-
- private:
-  std::vector<Kernels> kernels_;
-};
-
-// Levels one after the other: states go from call to call.
-template <typename E>
-void forward_in_turn(const ForwardCall* levels, int count, int threads);
-
-template <typename E>
-void forward(const ForwardCall* levels, int count, int threads) {
-  using Thread = LevelKernels<E>;
-  using Kernels = typename Thread::Kernels;
-  using T = ComputeOf<E>;
-  constexpr int64_t kSplitKeys = Kernels::Narrow::kSplitKeys;
-  constexpr int kLanesOfFew = kBlockLanes<typename ProductOf<E>::Type>;
-  const Problem& problem = levels[count - 1].problem;  // all have its rows
-  const typename Thread::Levels all{levels, count};
-  const Problem& longest =
-      std::max_element(levels, levels + count, [](const ForwardCall& one, const ForwardCall& other) {
-        return one.problem.k_len < other.problem.k_len;
-      })->problem;
-  const int64_t most = RowPacking::most(problem);
-  if (count > 1 && most > kLanesOfFew) return forward_in_turn<E>(levels, count, threads);
-
-  const int64_t narrow_rows = tile_rows(problem, Kernels::Narrow::kRows, kLanesOfFew);
-  const int64_t wide_rows = tile_rows(problem, Kernels::Wide::kRows, kBlockLanes<typename WideProductOf<E>::Type>);
-  const int64_t row_tiles = ceil_div(most, smaller(narrow_rows, wide_rows));
-  const int64_t packings = problem.key_groups() * problem.kv_heads;
-  // f(kernel, packing, first, count) for the row tiles; the last ones first: under a causal mask they are the longest.
-  const auto tile = [&](Thread& thread, int level, int64_t task, auto f) {
-    const RowPacking packing = RowPacking::of(levels[level].problem, task % packings);
-    const int64_t rows = is_wide(packing) ? wide_rows : narrow_rows;
-    const int64_t first = (row_tiles - 1 - task / packings) * rows;
-    if (first >= packing.count()) return;
-    thread[level](packing, [&](auto& kernel) { f(kernel, packing, first, smaller(rows, packing.count() - first)); });
-  };
-  // Whether to cut is a sequence's own affair too. Levels are parts to begin with.
-  const auto is_cut = [&](const RowPacking& packing) {
-    return packing.count() <= kLanesOfFew && (count > 1 || packing.keys.k_len > kSplitKeys);
-  };
-  int64_t most_cut = 0;  // rows of a packing that is cut
-  for (int64_t i = 0; (count > 1 || problem.k_len > kSplitKeys) && i < packings; i += problem.kv_heads) {
-    const RowPacking packing = RowPacking::of(problem, i);
-    if (is_cut(packing)) most_cut = larger(most_cut, packing.count());
-  }
-  if (most_cut == 0) {
-    parallel<Thread>(threads, row_tiles * packings, problem, all, [&](Thread& thread, int64_t task) {
-      tile(thread, 0, task,
-           [&](auto& kernel, const RowPacking& packing, int64_t first, int64_t rows) { kernel(packing, first, rows); });
-    });
-    return;
-  }
-
-  struct Split {
-    int level;
-    int64_t index;  // of the level's
-  };
-  std::vector<Split> splits;
-  std::vector<int64_t> first_split;
-  for (int level = 0; level < count; ++level) {
-    first_split.push_back(splits.size());
-    const int64_t its = ceil_div(levels[level].problem.k_len, kSplitKeys);
-    for (int64_t i = 0; i < its; ++i) splits.push_back({level, i});
-  }
-  const int64_t all_splits = splits.size(), all_rows = packings * most_cut;
-  // No initial values: a part that no key is in is left out by its number of keys.
-  const std::unique_ptr<T[]> memory(new T[all_splits * all_rows * (problem.value_dim + 2)]);
-  const auto parts_of = [&](int64_t packing, int level, int64_t parts) {
-    T* const max = memory.get() + first_split[level] * all_rows;
-    T* const sum = max + all_splits * all_rows;
-    T* const acc = memory.get() + (2 * all_splits + first_split[level] * problem.value_dim) * all_rows;
-    return Parts<T>{max, sum, acc, parts, all_rows, packing * most_cut};
-  };
-  const auto count_of = [&](const RowPacking& packing) { return ceil_div(packing.keys.k_len, kSplitKeys); };
-  parallel<Thread>(threads, row_tiles * packings * all_splits, longest, all, [&](Thread& thread, int64_t task) {
-    const auto [level, split] = splits[task % all_splits];
-    const int64_t index = task / all_splits;
-    tile(thread, level, index, [&](auto& kernel, const RowPacking& packing, int64_t first, int64_t rows) {
-      if (!is_cut(packing)) {
-        if (split == 0) kernel(packing, first, rows);
-      } else if (split < count_of(packing)) {
-        const int64_t begin = split * kSplitKeys;
-        kernel.part(packing, first, rows, begin, begin + kSplitKeys, parts_of(index % packings, level, all_splits),
-                    split);
-      }
-    });
-  });
-  const int mergers = worth_threads(threads, static_cast<double>(all_splits * all_rows) * problem.value_dim);
-  parallel<Thread>(mergers, row_tiles * packings, problem, all, [&](Thread& thread, int64_t task) {
-    tile(thread, count - 1, task, [&](auto& kernel, const RowPacking& packing, int64_t first, int64_t rows) {
-      if (!is_cut(packing)) return;
-      std::vector<Parts<T>> parts;
-      for (int level = 0; level < count; ++level) {
-        const RowPacking its = RowPacking::of(levels[level].problem, task % packings);
-        parts.push_back(parts_of(task % packings, level, count_of(its)));
-      }
-      kernel.merge(packing, first, rows, parts);
-    });
-  });
-}
-
-template <typename E>
-void forward_in_turn(const ForwardCall* levels, int count, int threads) {
-  using T = ComputeOf<E>;
-  const Problem& problem = levels[0].problem;
-  const int64_t rows = (problem.packed ? 1 : problem.batch) * problem.q_heads * problem.q_rows;
-  const std::unique_ptr<T[]> memory(new T[rows * (problem.value_dim + 2)]);
-  T *const sum = memory.get(), *const max = sum + rows;
-  std::fill_n(sum, rows, T(0));  // a row without a sum has no other state
-  for (int i = 0; i < count; ++i) {
-    ForwardCall call = levels[i];
-    call.tensors.carry = {max, sum, max + rows, i + 1 < count};
-    forward<E>(&call, 1, threads);
-  }
-}
 
 }  // namespace flashx::FLASHX_ISA

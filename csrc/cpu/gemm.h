@@ -17,6 +17,18 @@ namespace flashx::FLASHX_ISA {
 constexpr int kBlockRows = FLASHX_REGISTERS >= 32 ? 8 : 4;
 constexpr int kBlockVectors = FLASHX_REGISTERS >= 32 || FLASHX_VECTOR_BYTES > 16 ? 3 : 2;
 
+// What a product does meanwhile, in pieces: nothing.
+struct NoWork {
+  void operator()() const {}
+};
+
+// Pieces of work that a product of so many rows, 32 columns and such a depth has time for.
+template <typename W>
+constexpr int pieces_of_work(int rows, int depth) {
+  constexpr int kProducts = kPlanes<W> == 1 ? 1 : kPlanes<W> == 2 ? 4 : 6;
+  return rows / 32 * (depth / 32) * kProducts;
+}
+
 // How A(m, k) lies in memory: a[m * ld + k] or a[k * ld + m].
 enum class Layout { RowMajor, ColumnMajor };
 
@@ -107,7 +119,7 @@ FLASHX_CORE void multiply_pairs_block(int depth, const BFloat16* a, int64_t a_ld
 
 // rows is a multiple of kBlockRows, depth and vectors of 2.
 inline void multiply_pairs(int rows, int vectors, int depth, const BFloat16* a, int64_t a_ld, const BFloat16* b,
-                           int64_t b_ld, float* c, int64_t c_ld, bool accumulate) {
+                           int64_t b_ld, float* c, int64_t c_ld, bool accumulate, const NoWork&) {
   for (int v = 0; v < vectors; v += 2) {
     for (int m = 0; m < rows; m += kBlockRows) {
       multiply_pairs_block<2>(depth, a + m * a_ld, a_ld, b + 2 * v * kLanes<float>, b_ld,
@@ -138,9 +150,9 @@ struct PairUnit {
 
 // c[0..3] += a's planes * b's planes, but for the first ones', which are in their own place if there are three: what is
 // small is summed up before what is large, and rounds less. Of neighbouring products one operand stays loaded.
-template <int n>
+template <int n, typename Work>
 FLASHX_CORE void multiply_planes(const uint16_t* left, int64_t left_next, int64_t a_bytes, const uint16_t* right,
-                                 int64_t b_bytes, int of) {
+                                 int64_t b_bytes, int of, Work& work) {
   const auto load_left = [&](int p) {
     _tile_loadd(4, left + p * kPlaneBlock, a_bytes);
     _tile_loadd(5, left + left_next + p * kPlaneBlock, a_bytes);
@@ -149,11 +161,12 @@ FLASHX_CORE void multiply_planes(const uint16_t* left, int64_t left_next, int64_
     _tile_loadd(6, right + p * kPlaneBlock, b_bytes);
     _tile_loadd(7, right + (of + p) * kPlaneBlock, b_bytes);
   };
-  const auto multiply = [] {
+  const auto multiply = [&] {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    work();
   };
   if constexpr (n == 1) {
     _tile_loadd(6, right, b_bytes);
@@ -176,10 +189,11 @@ FLASHX_CORE void multiply_planes(const uint16_t* left, int64_t left_next, int64_
   }
 }
 
-// rows and depth are multiples of 32, vectors of 2.
-template <typename W>
+// rows and depth are multiples of 32, vectors of 2. The tile unit takes its time for each product, in which the vector
+// units can do some of `work`.
+template <typename W, typename Work>
 void multiply_pairs(int rows, int vectors, int depth, const W* a, int64_t a_ld, const W* b, int64_t b_ld, float* c,
-                    int64_t c_ld, bool accumulate) {
+                    int64_t c_ld, bool accumulate, Work& work) {
   constexpr int n = 16;
   constexpr int64_t kBytes = sizeof(W);
   constexpr bool kAddedLast = kPlanes<W> == 3;  // a long sum of tiles' sums rounds less than a running one
@@ -203,7 +217,7 @@ void multiply_pairs(int rows, int vectors, int depth, const W* a, int64_t a_ld, 
         constexpr int kOf = kPlanes<W>;
         for (int k = 0; k < depth; k += 2 * n) {
           multiply_planes<decltype(planes)::value>(plane(a + m * a_ld + k, 0), n * a_ld * kOf, a_ld * kBytes,
-                                                   plane(b + k / 2 * b_ld + 2 * v * n, 0), b_ld * kBytes, kOf);
+                                                   plane(b + k / 2 * b_ld + 2 * v * n, 0), b_ld * kBytes, kOf, work);
         }
       };
       steps(std::integral_constant<int, kPlanes<W> >{});
@@ -238,7 +252,8 @@ void multiply_outliers(int rows, int vectors, int depth, const Planes<planes>* a
   constexpr int n = kLanes<float>;
   std::vector<float> before;
   for (int m = 0; accumulate && m < rows; ++m) before.insert(before.end(), c + m * c_ld, c + m * c_ld + vectors * n);
-  multiply_pairs(rows, vectors, depth, a, a_ld, b, b_ld, c, c_ld, accumulate);
+  const NoWork none;
+  multiply_pairs(rows, vectors, depth, a, a_ld, b, b_ld, c, c_ld, accumulate, none);
   for (int m = 0; m < rows; ++m) {
     for (int v = 0; v < vectors; ++v) {
       Mask<float> wanted;

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cpu/backward.h"
-#include "cpu/forward.h"
+#include "cpu/kernels.h"
+#include "cpu/levels.h"
 #include "cpu/probe.h"
 
 namespace flashx::FLASHX_ISA {

@@ -39,6 +39,8 @@ struct Operands {
   using T = W;
   using Unit = struct {};  // what a thread must set up before it multiplies
   static constexpr bool kDirect = true;
+  static constexpr bool kBeside = false;          // products are long, and leave the vector units free
+  static constexpr int kTileKeys = 128;           // of a tile that rows are lanes for
   static constexpr int kVectors = kBlockVectors;  // of a row block
   static constexpr int kVectorStep = 1;           // which a count of them is a multiple of
   static constexpr int kKeyStep = kBlockRows;     // keys computed are a multiple of this
@@ -75,11 +77,11 @@ struct Operands {
   // Elements of memory that the three above need, for so many rows and columns.
   static constexpr int64_t room(int64_t /*rows*/, int64_t /*columns*/) { return 0; }
 
-  // a_rows, b_columns: outliers (planes.h), if there are any.
-  template <Layout layout>
+  // a_rows, b_columns: outliers (planes.h), if there are any. work: called now and then, if kBeside.
+  template <Layout layout, typename Work = NoWork>
   static void multiply(int rows, int vectors, int depth, const W* a, int64_t a_ld, const W* b, int64_t b_ld, T* c,
                        int64_t c_ld, bool accumulate, const bool* /*a_rows*/ = nullptr,
-                       const bool* /*b_columns*/ = nullptr) {
+                       const bool* /*b_columns*/ = nullptr, Work&& /*work*/ = Work()) {
     FLASHX_ISA::multiply<layout>(rows, vectors, depth, a, a_ld, b, b_ld, c, c_ld, accumulate);
   }
 };
@@ -94,7 +96,9 @@ struct PairOperands {
   using T = float;
   using Unit = PairUnit;
   static constexpr bool kDirect = false;
-  static constexpr int kVectors = 2;  // scores, weights, sums and values of a tile then fit the L1 cache together
+  static constexpr bool kBeside = FLASHX_BF16 == 2 && kPlanes<W> > 1;
+  static constexpr int kTileKeys = kBeside ? 128 : 64;  // K, V, scores and weights of 64 fit the L1 cache together
+  static constexpr int kVectors = 2;
   static constexpr int kVectorStep = 2;
   static constexpr int kKeyStep = 32;
   static constexpr int kPad = 32;
@@ -195,16 +199,17 @@ struct PairOperands {
   }
   static constexpr int64_t room(int64_t rows, int64_t columns) { return rows * columns; }
 
-  template <Layout layout>
+  template <Layout layout, typename Work = NoWork>
   static void multiply(int rows, int vectors, int depth, const W* a, int64_t a_ld, const W* b, int64_t b_ld, T* c,
-                       int64_t c_ld, bool accumulate, const bool* a_rows = nullptr, const bool* b_columns = nullptr) {
+                       int64_t c_ld, bool accumulate, const bool* a_rows = nullptr, const bool* b_columns = nullptr,
+                       Work&& work = Work()) {
     static_assert(layout == Layout::RowMajor);
     if constexpr (kPlanes<W> > 1) {
       if (a_rows || b_columns) {
         return multiply_outliers(rows, vectors, depth, a, a_ld, b, b_ld, c, c_ld, accumulate, a_rows, b_columns);
       }
     }
-    multiply_pairs(rows, vectors, depth, a, a_ld, b, b_ld, c, c_ld, accumulate);
+    multiply_pairs(rows, vectors, depth, a, a_ld, b, b_ld, c, c_ld, accumulate, work);
   }
 
  private:

@@ -88,6 +88,8 @@ class ForPackings {
  public:
   using Narrow = Kernel<E, typename ProductOf<E>::Type>;
   using Wide = Kernel<E, typename WideProductOf<E>::Type>;
+  static constexpr int kNarrowLanes = kBlockLanes<typename ProductOf<E>::Type>;
+  static constexpr int kWideLanes = kBlockLanes<typename WideProductOf<E>::Type>;
 
   ForPackings(const Problem& problem, const Tensors& tensors) : problem_(problem), tensors_(tensors) {}
 
@@ -197,14 +199,16 @@ struct BlockSight {
   }
 };
 
-// The key tiles that the packed rows [first, last], with these limits, see, of the keys [begin, end). begin is a
-// multiple of kTileKeys.
+// The key tiles that the packed rows [first, last], with these limits, see, of the keys [begin, end): up to `most` keys
+// each, at most kTileKeys. begin is a multiple of kTileKeys.
 class KeyWalk {
  public:
-  KeyWalk(const RowPacking& packing, int64_t first, int64_t last, const Limits& limits, int64_t begin, int64_t end)
+  KeyWalk(const RowPacking& packing, int64_t first, int64_t last, const Limits& limits, int64_t begin, int64_t end,
+          int most = kTileKeys)
       : k_len_(packing.keys.k_len),
         gathers_(packing.problem->blocks.map || packing.problem->mask.first > 0),
-        step_(gathers_ ? Tile::kPiece : kTileKeys),
+        pieces_(most / Tile::kPiece),
+        step_(gathers_ ? Tile::kPiece : most),
         schedule_(limits, k_len_, step_),
         last_(smaller(schedule_.last(), ceil_div(end, step_))),
         blocks_(packing.problem->blocks.map ? &packing.problem->blocks : nullptr),
@@ -222,7 +226,7 @@ class KeyWalk {
     }
     tile.count = tile.pieces = 0;
     tile.gathered = true, tile.partial = false;
-    while (tile.pieces < Tile::kPieces && next_ < last_) {
+    while (tile.pieces < pieces_ && next_ < last_) {
       const int64_t key = next_ * Tile::kPiece;
       if (blocks_) {
         const int64_t column = key / blocks_->k_block;
@@ -243,6 +247,7 @@ class KeyWalk {
  private:
   int64_t k_len_;
   bool gathers_;
+  int pieces_;  // of a tile that is gathered
   int64_t step_;
   RowSchedule schedule_;
   int64_t last_;
@@ -262,6 +267,33 @@ inline int64_t tile_rows(const Problem& problem, int64_t most, int64_t block_lan
   const int64_t whole = problem.blocks.q_block * heads;
   return whole < block_lanes ? block_lanes / whole * whole : smaller(queries * heads, most);
 }
+
+// A problem's rows as tasks, a tile of a packing's rows each. The last tiles come first: under a causal mask they are
+// the longest.
+template <typename Kernels>
+class RowTiles {
+ public:
+  explicit RowTiles(const Problem& problem)
+      : narrow_(tile_rows(problem, Kernels::Narrow::kRows, Kernels::kNarrowLanes)),
+        wide_(tile_rows(problem, Kernels::Wide::kRows, Kernels::kWideLanes)),
+        tiles_(ceil_div(RowPacking::most(problem), smaller(narrow_, wide_))),
+        packings_(problem.key_groups() * problem.kv_heads) {}
+
+  int64_t packings() const { return packings_; }
+  int64_t tasks() const { return tiles_ * packings_; }
+
+  // f(kernel, packing, first, count) for a task of the packing task % packings(), if that has so many rows.
+  template <typename F>
+  void operator()(const RowPacking& packing, int64_t task, Kernels& kernels, F f) const {
+    const int64_t rows = is_wide(packing) ? wide_ : narrow_, first = (tiles_ - 1 - task / packings_) * rows;
+    if (first >= packing.count()) return;
+    kernels(packing, [&](auto& kernel) { f(kernel, packing, first, smaller(rows, packing.count() - first)); });
+  }
+
+ private:
+  int64_t narrow_, wide_;  // rows of a tile
+  int64_t tiles_, packings_;
+};
 
 // Up to kBlockLanes packed rows and what their positions mean.
 template <typename W>
@@ -310,6 +342,7 @@ struct KeyRange {
   int padded;  // keys computed; like offset, a multiple of the operands' key step
   bool full;   // every row sees every computed key
 
+  KeyRange() = default;
   template <typename W>
   static KeyRange of(const RowBlock<W>& block, const Tile& tile) {
     return KeyRange(block.limits, tile, 0, tile.count, Operands<W>::kKeyStep);
