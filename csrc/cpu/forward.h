@@ -258,7 +258,9 @@ class Forward {
     const RowBlock<W>& block = state.block;
     const KeyRange range = KeyRange::of(block, tile);
     if (range.padded == 0) return;
-    with_rows(tensors_.key, packing, tile, range, problem_.head_dim, key_, dim_, [&](auto keys) {
+    const bool spreads = logits_.plain() && range.full && range.count == kTileKeys &&
+                         problem_.head_dim % kLanes<T> == 0 && problem_.value_dim % kLanes<T> == 0;
+    with_rows(tensors_.key, packing, tile, range, spreads, problem_.head_dim, key_, dim_, [&](auto keys) {
       few_scores(block.count, few_query_, few_dim(), keys, range.count, few_scores_, kTileKeys);
     });
     const int keys = static_cast<int>(round_up(range.padded, kLanes<T>));
@@ -271,7 +273,7 @@ class Forward {
       std::fill(few_scores_ + lane * kTileKeys + range.padded, few_scores_ + lane * kTileKeys + keys, -kInf<T>);
       update_row(state, lane, keys);
     }
-    with_rows(tensors_.value, packing, tile, range, problem_.value_dim, value_, value_dim_, [&](auto values) {
+    with_rows(tensors_.value, packing, tile, range, spreads, problem_.value_dim, value_, value_dim_, [&](auto values) {
       if (range.full && logits_.only_masks()) {
         few_values(block.count, few_scores_, kTileKeys, values, range.count, state.acc, few_value_dim());
         return;
@@ -290,10 +292,11 @@ class Forward {
   }
 
   // f(pointers to the rows of a range's keys or values): where they are, if their dims are whole vectors, or in copies.
-  // Past the range's count there are as many more as make its padded count whole vectors.
+  // Past the range's count there are as many more as make its padded count whole vectors. A whole tile can be spread
+  // over several streams, which the hardware's prefetchers like, where nobody asks which key is which.
   template <typename F>
-  void with_rows(const View& view, const RowPacking& packing, const Tile& tile, const KeyRange& range, int dim, W* room,
-                 int64_t room_ld, F f) {
+  void with_rows(const View& view, const RowPacking& packing, const Tile& tile, const KeyRange& range, bool spreads,
+                 int dim, W* room, int64_t room_ld, F f) {
     constexpr int kRoom = kTileKeys + kLanes<T>;
     const auto pad = [&](auto at) { std::fill(at + range.count, at + round_up(range.padded, kLanes<T>), at[0]); };
     if (dim % kLanes<T> == 0) {
@@ -303,7 +306,11 @@ class Forward {
         for (int i = 0; i < count; ++i) at[index - range.offset + i] = rows.at<E>(view, key + i);
       });
       pad(at);
-      f(static_cast<const E* const*>(at));
+      constexpr int kStreams = 4;
+      const E* spread[kTileKeys];
+      for (int i = 0; spreads && i < kTileKeys; ++i)
+        spread[i] = at[i % kStreams * (kTileKeys / kStreams) + i / kStreams];
+      f(static_cast<const E* const*>(spreads ? spread : at));
     } else {
       load_tile<E>(view, packing, tile, dim, room, room_ld, nullptr);
       const W* at[kRoom];
