@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .logits import LOG2_E, by_row, dropout_factor, to_logits, unit
-from .place import describe, place_of, place_of_rows, query_of, row_count
+from .place import describe, place_of, place_of_rows
 from .problem import UNSPECIALIZED, Problem
 from .schedule import (
     WALK,
@@ -24,8 +24,8 @@ from .schedule import (
     lo,
     lowest_bit,
     row_chunk,
-    row_schedule,
     tile_count,
+    tiles_of_rows,
     visited_tile,
 )
 from .tile import (
@@ -296,10 +296,7 @@ def grad_query_kernel(
     rows = describe(r_first + tl.arange(0, M), place, problem, flags)
     m_r = rows.m_r
     ends = row_ends(rows, lse, delta)
-    q_first = query_of(r_first, place, problem, flags)
-    q_last = query_of(tl.minimum(r_first + M, row_count(place, problem, flags)) - 1, place, problem, flags)
-    queries = (q_first, q_last)
-    tiles = row_schedule(q_first, q_last, place, flags, N)
+    queries, tiles = tiles_of_rows(r_first, place, problem, flags, M, N)
     p_q, p_do = (
         rows_of(query, rows.o_b, rows.o_h, rows.o_row),
         rows_of(grad_out, rows.o_b, rows.o_h, rows.o_row),

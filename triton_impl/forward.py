@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .logits import LOG2_E, dropout_factor, to_logits, unit
-from .place import describe, place_of_rows, query_of, row_count
+from .place import describe, place_of_rows
 from .problem import UNSPECIALIZED, Problem
-from .schedule import WALK, lowest_bit, row_chunk, row_schedule, tile_count, visited_tile, within
+from .schedule import WALK, lowest_bit, row_chunk, tile_count, tiles_of_rows, visited_tile, within
 from .tile import (
     FINITE,
     INF,
@@ -243,10 +243,7 @@ def forward_kernel(
     )  # fmt: skip
     place, r_first = place_of_rows(tl.program_id(0), row_tiles, problem, flags, M)
     rows = describe(r_first + tl.arange(0, M), place, problem, flags)
-    q_first = query_of(r_first, place, problem, flags)
-    q_last = query_of(tl.minimum(r_first + M, row_count(place, problem, flags)) - 1, place, problem, flags)
-    queries = (q_first, q_last)
-    tiles = row_schedule(q_first, q_last, place, flags, N)
+    queries, tiles = tiles_of_rows(r_first, place, problem, flags, M, N)
     i_split = tl.program_id(1)
     if flags.split:
         tiles = within(tiles, i_split * split_tiles, i_split * split_tiles + split_tiles)

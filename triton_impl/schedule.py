@@ -67,6 +67,14 @@ def row_schedule(q_first, q_last, place, flags: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_rows(r_first, place, problem, flags: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The first and last query of the packed rows [r_first, r_first + M), and row_schedule of these."""
+    q_first = query_of(r_first, place, problem, flags)
+    q_last = query_of(tl.minimum(r_first + M, row_count(place, problem, flags)) - 1, place, problem, flags)
+    return (q_first, q_last), row_schedule(q_first, q_last, place, flags, N)
+
+
+@triton.jit
 def column_schedule(k_begin, place, problem, flags: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """The tiles of packed rows that see any of the keys [k_begin, k_begin + N), and those that see them all.
 

@@ -19,9 +19,9 @@ import triton.language as tl
 from . import backward, forward
 from .backward import differentiate, row_ends
 from .logits import LOG2_E, unit
-from .place import Rows, describe, place_of, place_of_rows, query_of, row_count
+from .place import Rows, describe, place_of, place_of_rows
 from .problem import FAR, UNSPECIALIZED, Problem
-from .schedule import column_schedule, row_schedule, visited_tile
+from .schedule import column_schedule, row_schedule, tiles_of_rows, visited_tile
 from .tile import (
     FINITE,
     INF,
@@ -135,9 +135,7 @@ def simplicial_forward_kernel(
     OWN: tl.constexpr = M // W
     place, r_first = place_of_rows(tl.program_id(0), row_tiles, problem, flags, OWN)
     own = describe(r_first + tl.arange(0, OWN), place, problem, flags)
-    q_first = query_of(r_first, place, problem, flags)
-    q_last = query_of(tl.minimum(r_first + OWN, row_count(place, problem, flags)) - 1, place, problem, flags)
-    tiles = row_schedule(q_first, q_last, place, flags, N)
+    queries, tiles = tiles_of_rows(r_first, place, problem, flags, OWN, N)
     b_factor = unit(problem, flags) * LOG2_E
 
     b_out = zeros(OWN, dims.value_block)
@@ -149,7 +147,7 @@ def simplicial_forward_kernel(
         p_v2 = rows_of(value2, place.i_b, place.i_kv, o_second)
         b_q = load_products(rows_at(query, pairs), p_k2, pairs.m_r, dims.head, dims.head_block)  # [M, D]
         b_acc, b_max, b_sum = sweep_values(
-            b_q, pairs, (q_first, q_last), tiles, place, key, value, 0.0, problem, flags, dims, M, N, False
+            b_q, pairs, queries, tiles, place, key, value, 0.0, problem, flags, dims, M, N, False
         )
         # The softmax over the second keys goes on where that over the first ones has ended.
         b_max = tl.reshape(tl.where(pairs.m_r, b_max, -INF), (OWN, W))
@@ -272,9 +270,7 @@ def simplicial_grad_query_kernel(
     OWN: tl.constexpr = M // W
     place, r_first = place_of_rows(tl.program_id(0), row_tiles, problem, flags, OWN)
     own = describe(r_first + tl.arange(0, OWN), place, problem, flags)
-    q_first = query_of(r_first, place, problem, flags)
-    q_last = query_of(tl.minimum(r_first + OWN, row_count(place, problem, flags)) - 1, place, problem, flags)
-    tiles = row_schedule(q_first, q_last, place, flags, N)
+    queries, tiles = tiles_of_rows(r_first, place, problem, flags, OWN, N)
     b_total = zeros(OWN, dims.head_block)
     for i_back in tl.range(0, window2, W, num_stages=1):
         pairs, o_second = row_pairs(r_first, i_back, window2, place, problem, flags, M, W)
@@ -283,9 +279,7 @@ def simplicial_grad_query_kernel(
         b_q = load_products(rows_at(query, pairs), p_k2, pairs.m_r, dims.head, dims.head_block)  # [M, D]
         b_do = load_products(rows_at(grad_out, pairs), p_v2, pairs.m_r, dims.value_dim, dims.value_block)  # [M, Dv]
         ends = row_ends(pairs, lse, delta)
-        b_dq = sweep_keys(
-            b_q, b_do, pairs, (q_first, q_last), ends, tiles, key, value, place, problem, flags, dims, M, N
-        )
+        b_dq = sweep_keys(b_q, b_do, pairs, queries, ends, tiles, key, value, place, problem, flags, dims, M, N)
         b_total += sum_pairs(b_dq, p_k2, pairs.m_r, dims.head, dims.head_block, W)
     store_sums(rows_at(grad_query, own), own.m_r, b_total, scale, PLAIN, dims.head, dims.head_block, False)
 
