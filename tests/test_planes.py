@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tolerance
 import torch
 from test_few import on_cpu
 
@@ -59,3 +60,16 @@ def test_the_largest_float(engine: str) -> None:
     expected = torch.zeros_like(out)
     expected[..., 5] = largest
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_rows_beside(dtype: torch.dtype, engine: str) -> None:
+    """A row block's softmax is done in pieces beside its neighbours' products: which pieces must not show."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 64, generator=generator).to(dtype) for n in (600, 330, 330))
+    out, lse = flashx.attention(query, key, value, return_lse=True, backend=engine)
+    for rows in (128, 160, 256, 544):
+        some = flashx.attention(query[:, :, :rows], key, value, return_lse=True, backend=engine)
+        tolerance.same_bits(f"out of {rows}", some.out, out[:, :, :rows])
+        tolerance.same_bits(f"lse of {rows}", some.lse, lse[:, :, :rows])

@@ -32,8 +32,7 @@ template <typename E, typename W>
 class Forward {
   using T = ComputeOf<E>;
   using Op = Operands<W>;
-  static constexpr int kRowBlocks =
-      Op::kDirect ? 4 : 16;  // forms of keys that are not used as they lie take time to make
+  static constexpr int kRowBlocks = Op::kDirect ? 4 : 16;  // which share the making of operands from keys and values
   static constexpr bool kHasFew = kPlanes<W> == 1;
   static constexpr int kSteps = Op::kBeside ? 2 : 1;  // row blocks' steps that have scores or weights
   static constexpr int ld = kBlockLanes<W>;
@@ -126,7 +125,7 @@ class Forward {
   void sweep(const RowPacking& packing, int64_t first, int64_t count, int64_t k_begin, int64_t k_end, int blocks) {
     Limits limits = Limits::none();
     for (int i = 0; i < blocks; ++i) limits.widen(states_[i].block.limits);
-    const KeyWalk walk(packing, first, first + count - 1, limits, k_begin, k_end, few_ ? kTileKeys : Op::kTileKeys);
+    const KeyWalk walk(packing, first, first + count - 1, limits, k_begin, k_end, few_ ? kTileKeys : Op::kForwardKeys);
     unified_ = !std::isnan(problem_.unified_max) && carry_.count == 0;
     if (unified_) {
       for (int i = 0; i < blocks; ++i)

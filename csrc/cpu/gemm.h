@@ -220,7 +220,7 @@ void multiply_pairs(int rows, int vectors, int depth, const W* a, int64_t a_ld, 
                                                    plane(b + k / 2 * b_ld + 2 * v * n, 0), b_ld * kBytes, kOf, work);
         }
       };
-      steps(std::integral_constant<int, kPlanes<W> >{});
+      steps(std::integral_constant<int, kPlanes<W>>{});
       if constexpr (kPlanes<W> == 3) steps(std::integral_constant<int, 1>{});
       if (accumulate && kAddedLast) {
         alignas(64) float sums[4 * n * n];

@@ -69,8 +69,8 @@ FLASHX_CORE Vec<T> exp2(Vec<T> x) {
 #if defined(__AVX512F__)
   return scale_exponent(p, x - f, x);
 #else
-  const Mask<T> exponent = (bit_cast<Mask<T> >(rounded) + E::kBias) << E::kMantissa;
-  return p * bit_cast<Vec<T> >(exponent);
+  const Mask<T> exponent = (bit_cast<Mask<T>>(rounded) + E::kBias) << E::kMantissa;
+  return p * bit_cast<Vec<T>>(exponent);
 #endif
 }
 

@@ -40,7 +40,7 @@ struct Operands {
   using Unit = struct {};  // what a thread must set up before it multiplies
   static constexpr bool kDirect = true;
   static constexpr bool kBeside = false;          // products are long, and leave the vector units free
-  static constexpr int kTileKeys = 128;           // of a tile that rows are lanes for
+  static constexpr int kForwardKeys = 128;        // of the forward's tiles, unless rows are a few
   static constexpr int kVectors = kBlockVectors;  // of a row block
   static constexpr int kVectorStep = 1;           // which a count of them is a multiple of
   static constexpr int kKeyStep = kBlockRows;     // keys computed are a multiple of this
@@ -65,7 +65,7 @@ struct Operands {
   static constexpr int64_t left_ld(int64_t ld, int64_t /*room*/) { return ld; }
   // Where in that operand summand k starts.
   static constexpr int64_t left_offset(int64_t k, int64_t ld) { return k * ld; }
-  // From a computed tile [key][lane]: B with the keys, or A(key, lane), to be summed over.
+  // From a computed tile [key][lane]: B with the keys, or A(key, lane), to be summed over. infinite: elements may be.
   static const W* right_from_tile(const T* tile, int64_t /*ld*/, int /*keys*/, int /*vectors*/, W* /*to*/,
                                   bool /*infinite*/) {
     return tile;
@@ -97,7 +97,7 @@ struct PairOperands {
   using Unit = PairUnit;
   static constexpr bool kDirect = false;
   static constexpr bool kBeside = FLASHX_BF16 == 2 && kPlanes<W> > 1;
-  static constexpr int kTileKeys = kBeside ? 128 : 64;  // K, V, scores and weights of 64 fit the L1 cache together
+  static constexpr int kForwardKeys = kBeside ? 128 : 64;  // K, V, scores and weights of 64 fit the L1 cache together
   static constexpr int kVectors = 2;
   static constexpr int kVectorStep = 2;
   static constexpr int kKeyStep = 32;
